@@ -4,8 +4,8 @@ Three computations of the same thing are compared: ours, plain PyTorch in the sa
 
     error(ours) ≤ factor × error(plain) + one rounding band of the dtype
 
-The error is taken twice, as the largest absolute difference and as the root mean square, so that neither one bad element
-nor many slightly bad ones hide. The rounding band is the dtype's spacing at the scale of the exact result.
+The error is taken twice, as the largest absolute difference and as the root mean square, so that neither one bad
+element nor many slightly bad ones hide. The rounding band is the dtype's spacing at the scale of the exact result.
 """
 
 from __future__ import annotations
