@@ -1,0 +1,31 @@
+"""Errors that are about what the user gave, not about this code: one sentence each, shown without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one sentence: the bad thing, its value, and what to do."""
+
+
+class ModelLoadError(UserError):
+    """The model, its tokenizer or its adapter cannot be loaded."""
+
+
+class NonFiniteEmbeddingError(UserError):
+    """A text's embedding holds NaN or infinity, in float32 too."""
+
+
+class InputError(UserError):
+    """An input of a bulk job cannot be used: missing, empty, of an unknown format, without the column asked for."""
+
+
+class OutputError(UserError):
+    """An output folder cannot be used or written: foreign files, no space, a damaged part."""
+
+
+class ChangedError(UserError):
+    """The inputs, the model or the settings differ from those an output folder was started with."""
+
+
+class JobRunningError(UserError):
+    """Another process is writing the same output folder."""
