@@ -1,0 +1,136 @@
+"""Scaled dot-product attention within each sequence of a packed or padded batch: both ways, causal, or windowed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..dispatch import choose_for
+from ..layout import SequenceLayout
+
+__all__ = ["attention"]
+
+_WITH_GRADIENT = ("reference", "blocked")
+_WITHOUT_GRADIENT = ("reference", "blocked", "triton")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · q·kᵀ) · v within each sequence of ``layout``; no token ever sees another sequence.
+
+    Args:
+        q: (T, Hq, D) queries, T the rows of the layout; float16, bfloat16 or float32 (float64 but on Triton). Strided
+            views, such as slices of a fused projection, are read in place.
+        k, v: (T, Hkv, D) keys and values; Hq is a multiple of Hkv (grouped-query attention: query head h reads key
+            head h // (Hq // Hkv)).
+        layout: which rows form a sequence, packed or padded; on the tensors' device.
+        causal: a token attends to itself and earlier tokens only.
+        window: a token attends to those at most ``window`` positions away, on both sides (the earlier side if causal):
+            |i − j| ≤ window, as transformers' eager and sdpa attention do. flash-attn's window of size n is n − 1 here.
+        softcap: logits become softcap · tanh(logits / softcap), as in Gemma 2.
+        scale: factor on q·kᵀ; 1/√D if None.
+        return_lse: also return the logarithm of each row's softmax denominator; no gradient flows through it.
+        backend: "auto", "reference", "blocked" or "triton".
+
+    Returns:
+        (T, Hq, D) in q's dtype, zeros on rows in no sequence; with ``return_lse`` also (T, Hq) float32 (float64 for
+        float64), −inf on rows in no sequence. Under autocast, q, k and v are cast first.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or a setting is out of range.
+        BackendUnavailableError: an explicit backend cannot run this call.
+
+    Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); softmax and sums in float32.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check_tensors(q, k, v, layout)
+    _check_settings(window, softcap, scale)
+    scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else scale
+    choice = choose_for("attention", backend, q, _implemented(q, k, v)).backend
+    if choice == "triton":
+        out, lse = _attention_op(
+            q, k, v, layout.starts, layout.lengths, causal, -1 if window is None else window, softcap or 0.0, scale
+        )
+        return (out, lse.T) if return_lse else out
+    from .reference import attention_reference
+
+    if choice == "reference":
+        out, lse = attention_reference(q, k, v, layout, causal=causal, window=window, softcap=softcap, scale=scale)
+        return (out, lse.detach()) if return_lse else out
+    from .blocked import attention_blocked
+
+    out = attention_blocked(q, k, v, layout, causal=causal, window=window, softcap=softcap, scale=scale)
+    if not return_lse:
+        return out
+    with torch.no_grad():
+        _, lse = attention_reference(q, k, v, layout, causal=causal, window=window, softcap=softcap, scale=scale)
+    return out, lse
+
+
+@torch.library.custom_op("llm2vec_fast::attention", mutates_args=())
+def _attention_op(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, causal: bool, window: int, softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The Triton path; a window below 0 and a softcap of 0 mean none. → (T, Hq, D), (Hq, T)"""
+    from .triton import attention_forward
+
+    return attention_forward(
+        q, k, v, starts, lengths, causal=causal, window=None if window < 0 else window, softcap=softcap or None,
+        scale=scale,
+    )  # fmt: skip
+
+
+@_attention_op.register_fake
+def _(q, k, v, starts, lengths, causal, window, softcap, scale):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _implemented(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _WITH_GRADIENT
+    return _WITH_GRADIENT if q.dtype == torch.float64 else _WITHOUT_GRADIENT
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> None:
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: "
+            "pass q as (rows, heads, head_dim) and k and v as (rows, kv_heads, head_dim)"
+        )
+    if q.shape[0] != layout.total or k.shape[0] != layout.total:
+        raise ValueError(
+            f"q has {q.shape[0]} rows, k and v have {k.shape[0]}, the layout has {layout.total}: they must be equal"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: the first must be a multiple of the second")
+    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: pass one floating-point dtype")
+    if q.device != k.device or q.device != v.device or q.device != layout.device:
+        raise ValueError(
+            f"q, k, v and the layout are on {q.device}, {k.device}, {v.device} and {layout.device}: move them to one"
+        )
+
+
+def _check_settings(window: int | None, softcap: float | None, scale: float | None) -> None:
+    if window is not None and window < 0:
+        raise ValueError(f"window={window} is negative: pass the number of positions to each side, or None")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} is not a positive number: pass None for no cap")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale} is not a positive number: pass None for 1/sqrt(head_dim)")

@@ -1,0 +1,211 @@
+"""Bidirectional flash attention for GPUs, over packed and padded batches alike.
+
+After FlashAttention-2 (Dao, 2023, arXiv:2307.08691): one program holds a tile of queries of one sequence and head,
+walks over the keys, and keeps a running maximum and sum. What differs: the tile table launches exactly the programs
+that have work; the window is symmetric; tiles that every query of the program sees run in a loop without masks, only
+the others (the tail, the edges of a window or of the causal triangle) are masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tiles import tile_table
+from . import configurations
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# A running maximum that starts finite never meets −inf − −inf, so a row whose first tiles are all masked needs no care.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _tanh(x, PRECISE: tl.constexpr):
+    """tanh from exp2: Triton's portable language has none. Near zero the formula cancels; float32 needs the series."""
+    b_far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    if PRECISE:
+        square = x * x
+        # The Taylor series to x¹³: its remainder at 0.4 is under 4e-9 of the value.
+        b_near = 21844.0 / 6081075.0 * square - 1382.0 / 155925.0
+        b_near = b_near * square + 62.0 / 2835.0
+        b_near = b_near * square - 17.0 / 315.0
+        b_near = b_near * square + 2.0 / 15.0
+        b_near = b_near * square - 1.0 / 3.0
+        b_near = (b_near * square + 1.0) * x
+        b_far = tl.where(tl.abs(x) < 0.4, b_near, b_far)
+    return b_far
+
+
+@triton.jit
+def _scores(b_q, b_k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Logits before the factor of `_exponent_scale`: q·kᵀ, or capped. b_q [BQ, BD], b_k [BK, BD] → [BQ, BK]."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if HAS_SOFTCAP:
+        b_s = _tanh(b_s * (scale / softcap), b_q.dtype == tl.float32)
+    return b_s
+
+
+@triton.jit
+def _exponent_scale(scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The one factor from `_scores` to a power of two: the scale (or the cap) folded with log2 e."""
+    if HAS_SOFTCAP:
+        return softcap * LOG2_E
+    return scale * LOG2_E
+
+
+@triton.jit
+def _visible(o_q, o_k, length, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Which keys each query attends to, from positions within the sequence. → [BQ, BK] bool."""
+    m_s = (o_k < length)[None, :] & (o_q >= 0)[:, None]
+    distance = o_q[:, None] - o_k[None, :]
+    if CAUSAL:
+        m_s = m_s & (distance >= 0)
+    if HAS_WINDOW:
+        m_s = m_s & (distance <= window) & (distance >= -window)
+    return m_s
+
+
+@triton.jit
+def _key_range(first_q, length, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+               HAS_WINDOW: tl.constexpr):  # fmt: skip
+    """Keys that a tile of queries needs: [low, high), of which [full_low, full_high) need no mask. Multiples of BLOCK_K
+    but for high."""
+    last_q = tl.minimum(first_q + BLOCK_Q, length) - 1
+    low = 0
+    high = length
+    full_low = 0
+    full_high = length
+    if CAUSAL:
+        high = last_q + 1
+        full_high = first_q + 1
+    if HAS_WINDOW:
+        low = tl.maximum(first_q - window, 0) // BLOCK_K * BLOCK_K
+        full_low = tl.cdiv(tl.maximum(last_q - window, 0), BLOCK_K) * BLOCK_K
+        high = tl.minimum(high, last_q + window + 1)
+        full_high = tl.minimum(full_high, first_q + window + 1)
+        full_low = tl.minimum(full_low, tl.cdiv(high, BLOCK_K) * BLOCK_K)
+    full_high = tl.maximum(full_high // BLOCK_K * BLOCK_K, full_low)
+    return low, full_low, full_high, high
+
+
+@triton.jit
+def _load_rows(p_rows, stride, o_row, o_d, m_row, ROWS_MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+               BLOCK_D: tl.constexpr):  # fmt: skip
+    """A tile of rows, zeros where masked; the masks that cannot matter are left out. → [rows, BLOCK_D]"""
+    p_tile = p_rows + o_row[:, None] * stride + o_d[None, :]
+    if HEAD_DIM < BLOCK_D:
+        m_tile = (o_d < HEAD_DIM)[None, :]
+        if ROWS_MASKED:
+            m_tile = m_tile & m_row[:, None]
+        return tl.load(p_tile, mask=m_tile, other=0.0)
+    if ROWS_MASKED:
+        return tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    return tl.load(p_tile)
+
+
+@triton.jit
+def _attend(b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, o_q, o_d, length, window, scale, softcap,
+            MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+            PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Add the keys first_k … first_k + BLOCK_K to the running softmax. p_k, p_v point at the sequence's first row."""
+    o_k = tl.arange(0, BLOCK_K)
+    m_k = first_k + o_k < length
+    # The tile's base in int64, offsets within it in int32: fewer registers than pointers carried through the loop.
+    row = tl.to_tensor(first_k).to(tl.int64)
+    # [BLOCK_K, BLOCK_D]
+    b_k = _load_rows(p_k + row * stride_k, stride_k, o_k, o_d, m_k, MASKED, HEAD_DIM, BLOCK_D)
+    # [BLOCK_Q, BLOCK_K]
+    b_s = _scores(b_q, b_k, scale, softcap, HAS_SOFTCAP, PRECISION)
+    if MASKED:
+        b_s = tl.where(_visible(o_q, first_k + o_k, length, window, CAUSAL, HAS_WINDOW), b_s, float("-inf"))
+    factor = _exponent_scale(scale, softcap, HAS_SOFTCAP)
+    # [BLOCK_Q]
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * factor)
+    b_p = tl.exp2(b_s * factor - b_new_max[:, None])
+    b_shrink = tl.exp2(b_max - b_new_max)
+    b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+    # [BLOCK_K, BLOCK_D]
+    b_v = _load_rows(p_v + row * stride_v, stride_v, o_k, o_d, m_k, MASKED, HEAD_DIM, BLOCK_D)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION)
+    return b_acc, b_sum, b_new_max
+
+
+@triton.jit(do_not_specialize=["window", "rows"])
+def _forward_kernel(p_q, p_k, p_v, p_out, p_lse, p_tiles,
+                    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh,
+                    rows, window, scale, softcap,
+                    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+                    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                    BLOCK_D: tl.constexpr):  # fmt: skip
+    """One program: a tile of queries of one sequence and one head. Writes out (T, Hq, D) and lse (Hq, T)."""
+    p_tile = p_tiles + tl.program_id(0) * 4
+    first_q = tl.load(p_tile + 1)
+    start = tl.load(p_tile + 2).to(tl.int64)
+    length = tl.load(p_tile + 3)
+    head = tl.program_id(1).to(tl.int64)
+    p_k += start * stride_k + head // GROUP * stride_kh
+    p_v += start * stride_v + head // GROUP * stride_vh
+
+    o_q = tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, BLOCK_D)
+    m_q = first_q + o_q < length
+    p_q += (start + first_q) * stride_q + head * stride_qh
+    # [BLOCK_Q, BLOCK_D]
+    b_q = _load_rows(p_q, stride_q, o_q, o_d, m_q, True, HEAD_DIM, BLOCK_D)
+    b_acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    b_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    b_max = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
+
+    low, full_low, full_high, high = _key_range(first_q, length, window, BLOCK_Q, BLOCK_K, CAUSAL, HAS_WINDOW)
+    for first_k in range(full_low, full_high, BLOCK_K):
+        b_acc, b_sum, b_max = _attend(b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, first_q + o_q,
+                                      o_d, length, window, scale, softcap, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+                                      PRECISION, HEAD_DIM, BLOCK_K, BLOCK_D)  # fmt: skip
+    # The masked tiles before and after the full ones in one loop: a second copy of the code would cost registers.
+    skipped = full_high - full_low
+    for step in range(low, high - skipped, BLOCK_K):
+        first_k = step + skipped
+        if HAS_WINDOW:
+            first_k = tl.where(step < full_low, step, first_k)
+        b_acc, b_sum, b_max = _attend(b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, first_q + o_q,
+                                      o_d, length, window, scale, softcap, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+                                      PRECISION, HEAD_DIM, BLOCK_K, BLOCK_D)  # fmt: skip
+
+    b_out = b_acc / b_sum[:, None]
+    p_out += (start + first_q) * stride_o + head * stride_oh
+    m_out = m_q[:, None] & (o_d < HEAD_DIM)[None, :]
+    tl.store(p_out + o_q[:, None] * stride_o + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_lse + head * rows + start + first_q + o_q, (b_max + tl.log2(b_sum)) * LN_2, mask=m_q)
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, *, causal: bool,
+                      window: int | None, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output (T, Hq, D) and log-sum-exp (Hq, T) float32 by the Triton kernel; rows in no sequence hold 0 and −inf."""
+    rows, heads, head_dim = q.shape
+    config = configurations.forward(head_dim, q.dtype, configurations.architecture_of(q.device))
+    table = tile_table(starts, lengths, config.block_q)
+    padded = table.tokens < rows
+    out = q.new_zeros(q.shape) if padded else q.new_empty(q.shape)
+    lse = q.new_empty((heads, rows), dtype=torch.float32)
+    if padded:
+        lse.fill_(float("-inf"))
+    if table.count == 0:
+        return out, lse
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    _forward_kernel[(table.count, heads)](
+        q, k, v, out, lse, table.rows,
+        *(stride for x in (q, k, v, out) for stride in x.stride()[:2]),
+        rows, window if window is not None else 0, scale, softcap if softcap is not None else 1.0,
+        GROUP=heads // k.shape[1], CAUSAL=causal, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        PRECISION=_precision(q), HEAD_DIM=head_dim, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+        BLOCK_D=configurations.block_d(head_dim), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _precision(q: Tensor) -> str:
+    """float32 products follow PyTorch's own switch: exact unless the user allowed TF32."""
+    return "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,0 +1,59 @@
+"""Which tiles of which sequences a kernel works on: exactly the programs that are needed, longest sequence first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """One program a row.
+
+    Attributes:
+        rows: (tiles, 4) int32 on the layout's device: sequence number, first position of the tile within the sequence,
+            first row of the sequence in the batch, tokens of the sequence.
+        count: tiles.
+        tokens: rows of the batch that belong to a sequence.
+    """
+
+    rows: Tensor
+    count: int
+    tokens: int
+
+
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def tile_table(starts: Tensor, lengths: Tensor, block: int) -> TileTable:
+    """The tiles of ``block`` positions of every sequence; made once for a pair of tensors, however many layers ask.
+
+    Tiles of one sequence lie next to each other, so that programs that run together read the same keys; the longest
+    sequences come first, so that no long program starts last. It reads the lengths on the host: one synchronisation.
+    """
+    made = _tables.setdefault(lengths, {})
+    versions = (_version(starts), _version(lengths))
+    if block in made:
+        made_from, made_at, table = made[block]
+        if made_from is starts and made_at == versions:
+            return table
+    table = _build(starts, lengths, block)
+    made[block] = (starts, versions, table)
+    return table
+
+
+def _build(starts: Tensor, lengths: Tensor, block: int) -> TileTable:
+    host_starts, host_lengths = torch.stack([starts, lengths]).to("cpu", torch.int64)
+    order = host_lengths.argsort(descending=True, stable=True)
+    tiles = (host_lengths[order] + block - 1) // block
+    sequence = order.repeat_interleave(tiles)
+    position = (torch.arange(sequence.shape[0]) - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)) * block
+    rows = torch.stack([sequence, position, host_starts[sequence], host_lengths[sequence]], dim=1)
+    return TileTable(rows.to(lengths.device, torch.int32), sequence.shape[0], int(host_lengths.sum()))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
