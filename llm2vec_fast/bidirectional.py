@@ -1,0 +1,185 @@
+"""A Hugging Face decoder attends both ways, on packed or padded batches, with no subclass and no copied model code.
+
+transformers lets a registered function replace the attention of every decoder that goes through its attention
+interface. Ours runs `kernels.attention` on a `SequenceLayout`. A hook in front of the decoder builds that layout once a
+forward pass, from whatever describes the batch, and hands it to every layer as a keyword argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from .errors import UserError
+from .kernels import attention
+from .kernels.layout import SequenceLayout
+
+ATTENTION_NAME = "llm2vec_fast"
+# The mixers our attention computes. Others (linear attention, state spaces, convolutions, chunks) look back only.
+SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Arguments some models pass to their attention that change its result and that we do not compute.
+_UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "alibi", "cache", "indices")
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids")
+
+
+class UnsupportedModelError(UserError):
+    """The model cannot attend both ways through transformers' attention interface."""
+
+
+def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """Let a decoder attend both ways, in place, on packed and padded batches.
+
+    Works on any transformers (5.2 or newer) decoder whose attention goes through the attention interface: Llama,
+    Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3 and their like, bare, with a head, or inside a peft model. Afterwards it
+    takes, besides stock arguments, a packed batch: ``model(input_ids=(1, T), layout=SequenceLayout)``, or the
+    ``position_ids`` that restart at 0 with each text. The cache is off unless asked for. ``config.is_causal`` records
+    the choice and is saved with the model, so stock transformers, vLLM and others honour it too.
+
+    Args:
+        model: the decoder; changed in place.
+        enabled: False keeps it causal (the paper's baseline) on the same fast path.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: its attention does not go through the interface, or some of its layers are not attention.
+    """
+    decoder = decoder_of(model)
+    _check_supported(decoder)
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+    decoder.config.is_causal = not enabled
+    decoder.set_attn_implementation(ATTENTION_NAME)
+    if _prepare_inputs not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
+    return model
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that embeds tokens and runs the layers, inside heads, peft wrappers and multimodal models.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: pass a PreTrainedModel")
+    return model.get_decoder()
+
+
+def _check_supported(decoder: PreTrainedModel) -> None:
+    name, config = type(decoder).__name__, decoder.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model: pass a decoder-only model")
+    if not getattr(decoder, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{name} does not use transformers' attention interface and would stay causal: "
+            "pass a model that does, such as a Llama, Mistral, Qwen, Gemma or Phi-3"
+        )
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
+    if not other:
+        other = sorted({type(m).__name__ for m in decoder.modules() if _looks_back_only(m)})
+    if other:
+        raise UnsupportedModelError(
+            f"{name} has {', '.join(other)} layers, which cannot attend both ways: pass a model with attention only"
+        )
+
+
+def _looks_back_only(module: nn.Module) -> bool:
+    """Causal convolutions and attention sinks, as state-space hybrids and gpt-oss have them."""
+    return isinstance(module, nn.Conv1d) or hasattr(module, "sinks")
+
+
+def _prepare_inputs(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Before each forward pass: describe the batch by one layout, whatever the caller gave."""
+    kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    layout = kwargs.get("layout")
+    if layout is None:
+        layout = _layout_of(given.shape[0], given.shape[1], mask, positions, given.device)
+    elif mask is not None:
+        raise ValueError("both layout and attention_mask were passed: pass the one that describes the batch")
+    elif layout.total != given.shape[0] * given.shape[1]:
+        raise ValueError(
+            f"the layout has {layout.total} rows, the batch {tuple(given.shape[:2])}: a packed batch is (1, tokens)"
+        )
+    if positions is None:
+        kwargs["position_ids"] = layout.position_ids.view(given.shape[:2])
+    kwargs["layout"], kwargs["attention_mask"] = layout, None
+    kwargs.setdefault("use_cache", False)
+    return (), kwargs
+
+
+def _layout_of(
+    batch: int, length: int, mask: Tensor | None, positions: Tensor | None, device: torch.device
+) -> SequenceLayout:
+    if mask is not None:
+        if mask.ndim != 2 or mask.shape != (batch, length):
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: pass a 2-D mask of shape {batch, length}")
+        return SequenceLayout.from_attention_mask(mask.to(device))
+    if positions is not None and batch == 1:
+        return SequenceLayout.from_position_ids(positions.to(device))
+    if positions is not None and bool((positions[:, 1:] == 0).any()):
+        raise ValueError(
+            f"position_ids restart inside a batch of {batch} rows: pack all texts into one row, or pass a layout"
+        )
+    return SequenceLayout.from_shape(batch, length, device)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    layout: SequenceLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: q (B, Hq, S, D), k and v (B, Hkv, S, D) → (B, S, Hq, D)."""
+    if layout is None:
+        raise ValueError(
+            f"attention {ATTENTION_NAME!r} got no layout: call make_bidirectional on {type(module).__name__}'s model"
+        )
+    for name in _UNSUPPORTED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} passes {name} to its attention, which {ATTENTION_NAME} does not compute"
+            )
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"attention got {key.shape[2]} keys for {query.shape[2]} queries: pass use_cache=False, an encoder has none"
+        )
+    causal = getattr(module.config, "is_causal", True)
+    out = attention(
+        _rows(query),
+        _rows(key),
+        _rows(value),
+        layout,
+        causal=causal,
+        window=_window(module.config, sliding_window, causal),
+        softcap=softcap,
+        scale=scaling,
+    )
+    return out.view(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, H, S, D) → (B·S, H, D), a view wherever x is one of a projection's output."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _window(config: PreTrainedConfig, sliding_window: int | None, causal: bool) -> int | None:
+    """How far a token sees. Stock masks: W − 1 back if causal; W both ways, but W − 1 in EmbeddingGemma's own mask."""
+    if sliding_window is None:
+        return None
+    exclusive = causal or getattr(config, "use_bidirectional_attention", False)
+    return sliding_window - 1 if exclusive else sliding_window
