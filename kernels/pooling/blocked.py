@@ -1,0 +1,56 @@
+"""Pooling in a handful of PyTorch calls, whatever the number of sequences; nothing is padded.
+
+Every mode is a weighted sum of some rows of each sequence: which rows, and with what weights, is worked out first; then
+one segmented sum does the forward pass and one gather the backward pass. No atomics, so the bits never change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """``rows`` (R,) taking part, sequence by sequence, their ``weights`` (R,), and how many each sequence has (N,)."""
+
+    rows: Tensor
+    weights: Tensor
+    counts: Tensor
+
+
+def pool_forward(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str) -> Tensor:
+    """(T, d) → (N, d) in float32, or float64 where ``hidden`` is."""
+    accumulator = torch.promote_types(hidden.dtype, torch.float32)
+    plan = _plan(starts, lengths, skip, mode, accumulator)
+    weighted = hidden.index_select(0, plan.rows).to(accumulator)
+    weighted.mul_(plan.weights[:, None])
+    return torch.segment_reduce(weighted, "sum", lengths=plan.counts, unsafe=True)
+
+
+def pool_backward(
+    grad: Tensor, total: int, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of `pool_forward`: (N, d) → (T, d) in ``dtype``, zeros on rows that took no part."""
+    plan = _plan(starts, lengths, skip, mode, grad.dtype)
+    owner = torch.arange(plan.counts.shape[0], device=grad.device).repeat_interleave(plan.counts)
+    spread = grad.index_select(0, owner).mul_(plan.weights[:, None])
+    grad_hidden = torch.zeros(total, grad.shape[1], dtype=dtype, device=grad.device)
+    return grad_hidden.index_copy_(0, plan.rows, spread.to(dtype))
+
+
+def _plan(starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str, dtype: torch.dtype) -> _Plan:
+    lengths = lengths.long()
+    leave_out = torch.zeros_like(lengths) if skip is None else torch.minimum(skip.long().clamp(min=0), lengths)
+    first, kept = starts.long() + leave_out, lengths - leave_out
+    if mode in ("first", "last"):
+        some = kept > 0
+        rows = (first if mode == "first" else first + kept - 1)[some]
+        return _Plan(rows, torch.ones(rows.shape[0], dtype=dtype, device=rows.device), some.long())
+    owner = torch.arange(kept.shape[0], device=kept.device).repeat_interleave(kept)
+    within = torch.arange(owner.shape[0], device=kept.device) - (kept.cumsum(0) - kept)[owner]
+    size = kept[owner].to(dtype)
+    weights = 1 / size if mode == "mean" else (within + 1).to(dtype) * (2 / (size * (size + 1)))
+    return _Plan(first[owner] + within, weights, kept)

@@ -1,0 +1,165 @@
+"""Pooling: the definition, the tolerance rule, gradients, layouts and degenerate sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import GRADIENT_FACTOR, assert_error_within
+from torch import Tensor
+
+from llm2vec_fast.kernels.dispatch import BackendUnavailableError
+from llm2vec_fast.kernels.layout import SequenceLayout
+from llm2vec_fast.kernels.pooling import POOLING_MODES, pool
+
+MODES = ("mean", "weighted_mean", "last", "first")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LENGTHS = {
+    "one": [1],
+    "mixed": [3, 0, 17, 1, 64],
+    "all-empty": [0, 0],
+    "long": [3001],
+}
+MANY = [int(n) for n in torch.randint(0, 6, (10_000,), generator=torch.Generator().manual_seed(1))]
+
+
+def packed(lengths: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, SequenceLayout, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    layout = SequenceLayout.from_lengths(lengths)
+    hidden = torch.randn(layout.total, width, generator=generator).to(dtype)
+    skip = torch.randint(0, 4, (len(lengths),), generator=generator)
+    return hidden, layout, skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("skipping", [False, True], ids=["all", "skip"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_as_exact_as_the_definition_in_the_same_dtype(lengths, mode, skipping, dtype):
+    hidden, layout, skip = packed(lengths, 40, dtype)
+    skip = skip if skipping else None
+    upstream = torch.randn(len(lengths), 40, generator=torch.Generator().manual_seed(2))
+    results = {}
+    for name, x, backend in (
+        ("exact", hidden.double(), "reference"),
+        ("plain", hidden, "reference"),
+        ("ours", hidden, "blocked"),
+    ):
+        x = x.clone().requires_grad_()
+        out = pool(x, layout, mode, skip, backend=backend)
+        (gradient,) = torch.autograd.grad(out, x, upstream.to(out.dtype))
+        results[name] = (out, gradient)
+    ours, plain, exact = results["ours"], results["plain"], results["exact"]
+    assert ours[0].dtype == torch.float32
+    assert_error_within(ours[0], plain[0], exact[0])
+    assert_error_within(ours[1], plain[1], exact[1], factor=GRADIENT_FACTOR, name="gradient")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ten_thousand_sequences(mode):
+    hidden, layout, skip = packed(MANY, 24, torch.bfloat16)
+    exact = pool(hidden.double(), layout, mode, skip, backend="reference")
+    assert_error_within(pool(hidden, layout, mode, skip), pool(hidden, layout, mode, skip, backend="reference"), exact)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "unit"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradcheck(mode, normalize, backend):
+    layout = SequenceLayout.from_lengths([4, 1, 0, 6])
+    hidden = torch.randn(layout.total, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    skip = torch.tensor([1, 0, 2, 3])
+    assert torch.autograd.gradcheck(
+        lambda x: pool(x, layout, mode, skip, normalize, backend), hidden.requires_grad_(), fast_mode=False
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_values_by_hand(mode):
+    hidden = torch.tensor([[1.0], [2.0], [4.0], [10.0], [20.0]])
+    layout = SequenceLayout.from_lengths([3, 2])
+    everything = {"mean": [7 / 3, 15], "weighted_mean": [17 / 6, 50 / 3], "last": [4, 20], "first": [1, 10]}
+    without_one = {"mean": [3, 20], "weighted_mean": [10 / 3, 20], "last": [4, 20], "first": [2, 20]}
+    for skip, expected in ((None, everything), (torch.tensor([1, 1]), without_one)):
+        torch.testing.assert_close(pool(hidden, layout, mode, skip)[:, 0], torch.tensor(expected[mode]).float())
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_rows_are_never_read(mode, backend):
+    """Left, right and no padding, with NaN in the padding, pool to what the packed rows pool to."""
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    padded = SequenceLayout.from_attention_mask(mask)
+    hidden = torch.full((16, 5), torch.nan)
+    rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(4))
+    hidden[padded.rows] = rows
+    skip = torch.tensor([1, 0, 2, 0])
+    pooled = pool(hidden, padded, mode, skip, backend=backend)
+    assert torch.equal(pooled, pool(rows, SequenceLayout.from_lengths([2, 3, 4, 0]), mode, skip, backend=backend))
+    assert bool(pooled.isfinite().all())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_left_gives_zeros_and_no_gradient(mode):
+    hidden, layout, _ = packed([3, 0, 2], 8, torch.float32)
+    hidden.requires_grad_()
+    pooled = pool(hidden, layout, mode, skip=torch.tensor([3, 0, 99]), normalize=True)
+    assert torch.equal(pooled, torch.zeros(3, 8))
+    pooled.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_skipped_tokens_do_not_matter():
+    hidden, layout, _ = packed([6, 6], 4, torch.float32)
+    poisoned = hidden.clone()
+    poisoned[[0, 1, 6]] = torch.nan
+    skip = torch.tensor([2, 1])
+    for mode in MODES:
+        assert torch.equal(pool(hidden, layout, mode, skip), pool(poisoned, layout, mode, skip))
+
+
+def test_aliases():
+    hidden, layout, skip = packed([5, 2], 4, torch.float32)
+    for alias, mode in (("last_token", "last"), ("eos_token", "last"), ("bos_token", "first")):
+        assert torch.equal(pool(hidden, layout, alias, skip), pool(hidden, layout, mode, skip))
+    assert set(POOLING_MODES.values()) == set(MODES)
+
+
+def test_normalize_gives_unit_rows():
+    hidden, layout, _ = packed([5, 2, 9], 16, torch.float32)
+    torch.testing.assert_close(pool(hidden, layout, normalize=True).norm(dim=1), torch.ones(3))
+
+
+def test_the_same_bits_every_time():
+    hidden, layout, skip = packed(MANY, 32, torch.bfloat16)
+    assert torch.equal(pool(hidden, layout, "mean", skip), pool(hidden, layout, "mean", skip))
+
+
+def test_compiles_whole_and_passes_the_operator_checks():
+    hidden, layout, skip = packed([5, 0, 9], 8, torch.float32)
+    hidden.requires_grad_()
+    torch.library.opcheck(torch.ops.llm2vec_fast.pool.default, (hidden, layout.starts, layout.lengths, skip, "mean"))
+    compiled = torch.compile(
+        lambda x: pool(x, layout, "weighted_mean", skip).sum(), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(hidden), pool(hidden, layout, "weighted_mean", skip).sum())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "median"}, "pooling mode 'median' is unknown"),
+        ({"hidden": torch.zeros(3, 4)}, r"hidden has shape \(3, 4\): this layout needs \(7, d\)"),
+        ({"hidden": torch.zeros(7)}, r"hidden has shape \(7,\)"),
+        ({"skip": torch.zeros(3, dtype=torch.int64)}, r"skip has shape \(3,\)"),
+        ({"skip": torch.zeros(2)}, "dtype torch.float32: pass integers"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = {"hidden": torch.zeros(7, 4), "layout": SequenceLayout.from_lengths([4, 3]), "mode": "mean"}
+    with pytest.raises(ValueError, match=message):
+        pool(**{**arguments, **change})
+
+
+def test_a_backend_that_does_not_exist_is_refused():
+    with pytest.raises(BackendUnavailableError, match="pool has no 'triton' implementation"):
+        pool(torch.zeros(7, 4), SequenceLayout.from_lengths([4, 3]), backend="triton")
