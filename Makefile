@@ -1,0 +1,69 @@
+# Everything runs in an environment of its own, .venv, made on first use: a fresh machine needs Python and make only.
+PYTHON ?= python3
+VENV ?= .venv
+# What `make` installs as torch: this CPU release is the one the project is tested with. For a GPU: make env TORCH=torch
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+# Nothing here may ask a model hub: a test or demo that would is a mistake, and says so at once.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env install test lint format bench demo model wheel clean
+
+help: ## show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+env: $(VENV)/.torch ## make the environment .venv, with torch
+
+install: $(VENV)/.installed ## install the project into it, editable, with all it needs to be developed
+
+test: install model ## run the linter and the tests
+	$(BIN)/ruff check .
+	$(PY) -m pytest --durations=10
+
+lint: install ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## put style and formatting right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install model ## measure encoding against its peers, in one run
+	$(PY) -m benchmarks.encode
+
+demo: install demo/docstrings.jsonl demo/model ## embed 10,000 real texts with a real model, then ask questions
+	$(BIN)/llm2vec-fast embed demo/docstrings.jsonl --model demo/model --output demo/embeddings \
+	  --id-column id --text-column text --keep-columns text --normalize
+	$(BIN)/llm2vec-fast search demo/embeddings --top-k 5 \
+	  "read rows of a csv file" "run a command in another process and read its output" "turn an object into json"
+
+model: install
+	@$(PY) -m benchmarks.fetch.smollm2
+
+wheel: install ## build the wheel into dist/
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## delete the environment, the demo and everything built (the fetched model stays in its cache)
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+demo/docstrings.jsonl: | install
+	@$(PY) -m benchmarks.fetch.docstrings $@
+
+demo/model: | install
+	@mkdir -p demo
+	@ln -sfn "$$($(PY) -m benchmarks.fetch.smollm2)" $@
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, and $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	@touch $@

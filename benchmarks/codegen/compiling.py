@@ -1,0 +1,63 @@
+"""Compiles a Triton kernel for a chip that is not there, with exactly what a launch would pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel, what it is launched with, and the name it has in the report."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+def compile_for(variant: Variant, architecture: str) -> Any:
+    """The compiled kernel, specialised as Triton's launcher would: on 16-divisible and on unit integers."""
+    parameters = variant.kernel.params
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(parameters):
+        value = variant.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (_specialised(parameter, value) and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+            continue
+        signature[parameter.name] = _type_of(value)
+        if isinstance(value, Tensor) or (_specialised(parameter, value) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {name: variant.arguments[name] for name in OPTIONS if variant.arguments.get(name) is not None}
+    source = ASTSource(variant.kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[architecture], options=options)
+
+
+def _specialised(parameter: Any, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and not parameter.do_not_specialize
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    return {bool: "i1", int: "i32", float: "fp32"}[type(value)]

@@ -1,0 +1,1 @@
+"""Real models and texts, fetched by script into a cache folder and checked; none is kept in the repository."""
