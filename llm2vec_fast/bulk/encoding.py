@@ -1,0 +1,115 @@
+"""What a bulk job needs of an encoder, and how it gets one from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llm2vec_fast.bulk.fingerprint import locate
+from llm2vec_fast.bulk.settings import CPU_ROWS_PER_SHARD, GPU_ROWS_PER_SHARD, EmbedSettings
+from llm2vec_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+OnBatch = Callable[[int, int, int], None]  # rows, tokens, tokens with padding
+OPEN_CHOICES = ("dtype", "pooling", "max_length", "doc_max_length", "token_budget", "rows_per_shard")
+
+
+class Encoder(Protocol):
+    """The part of `LLM2Vec` that a bulk job uses."""
+
+    @property
+    def dimension(self) -> int: ...
+
+    def encode(
+        self,
+        sentences: Sequence[str],
+        *,
+        instruction: str | None = None,
+        normalize: bool = False,
+        truncate_dim: int | None = None,
+        convert_to_numpy: bool = True,
+        on_batch: OnBatch | None = None,
+        non_finite: str = "keep",
+    ) -> np.ndarray:
+        """Embeddings (N, d) float32, a row a sentence in input order."""
+        ...
+
+
+LoadEncoder = Callable[[EmbedSettings], Encoder]
+
+
+def load_encoder(settings: EmbedSettings) -> Encoder:
+    """The model of the settings, on its device.
+
+    Raises:
+        ModelLoadError: it cannot be loaded.
+    """
+    from llm2vec_fast.encoder import LLM2Vec
+
+    options = {
+        "pooling_mode": settings.pooling,
+        "max_length": settings.max_length,
+        "doc_max_length": settings.doc_max_length,
+        "token_budget": settings.token_budget,
+        "device": settings.device,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    adapter = str(locate(settings.adapter)) if settings.adapter else None
+    return LLM2Vec.from_pretrained(
+        str(locate(settings.model)),
+        adapter,
+        enable_bidirectional=not settings.causal,
+        dtype=settings.dtype,
+        **given,
+    )
+
+
+def resolved_choices(encoder: Encoder, settings: EmbedSettings) -> dict[str, Any]:
+    """What the open choices of the settings came to, as a manifest records it."""
+    device = str(getattr(encoder, "device", "cpu"))
+    width = settings.truncate_dim or encoder.dimension
+    rows = CPU_ROWS_PER_SHARD if device.startswith("cpu") else GPU_ROWS_PER_SHARD
+    return {
+        "dimension": min(width, encoder.dimension),
+        "device": device,
+        "dtype": str(getattr(encoder, "dtype", settings.dtype)).removeprefix("torch."),
+        "pooling": getattr(encoder, "pooling_mode", settings.pooling),
+        "max_length": getattr(encoder, "max_length", settings.max_length),
+        "doc_max_length": getattr(encoder, "doc_max_length", settings.doc_max_length),
+        "token_budget": getattr(encoder, "token_budget", settings.token_budget),
+        "rows_per_shard": settings.rows_per_shard or rows,
+    }
+
+
+def with_choices(settings: EmbedSettings, resolved: dict[str, Any]) -> EmbedSettings:
+    """The settings with open choices made as ``resolved`` has them: a job goes on as it began, on any machine."""
+    left_open = {name for name in OPEN_CHOICES if getattr(settings, name) in (None, "auto")}
+    return replace(settings, **{name: resolved[name] for name in left_open if resolved.get(name) is not None})
+
+
+def encode_texts(encoder: Encoder, settings: EmbedSettings, texts: Sequence[str], on_batch: OnBatch) -> np.ndarray:
+    """`encode` with the job's settings; rows that are not finite stay in place.
+
+    Raises:
+        UserError: memory ran out.
+    """
+    try:
+        return encoder.encode(
+            texts,
+            instruction=settings.instruction,
+            normalize=settings.normalize,
+            truncate_dim=settings.truncate_dim,
+            convert_to_numpy=True,
+            on_batch=on_batch,
+            non_finite="keep",
+        )
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
+            raise
+        raise UserError(
+            f"memory ran out with {settings.token_budget or 'the default number of'} tokens a forward pass: "
+            "give a smaller --token-budget in a new --output folder; finished parts are kept"
+        ) from error

@@ -1,0 +1,305 @@
+"""A bulk job: corpus in, a folder of embeddings out, as often interrupted as it may be.
+
+Three things run side by side: a thread reads the next shard, this thread encodes, a thread writes the last part. At
+most three shards are in memory. A part counts once its line is in the journal; all else is redone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from llm2vec_fast.bulk.corpus import Corpus, Cursor, Shard, StopReadingError, check_inputs
+from llm2vec_fast.bulk.encoding import (
+    Encoder,
+    LoadEncoder,
+    encode_texts,
+    load_encoder,
+    resolved_choices,
+    with_choices,
+)
+from llm2vec_fast.bulk.fingerprint import fingerprint
+from llm2vec_fast.bulk.inputs import InputFile, find_inputs
+from llm2vec_fast.bulk.lock import only_job
+from llm2vec_fast.bulk.manifest import (
+    ERRORS,
+    JOB_FOLDER,
+    MANIFEST,
+    Manifest,
+    Part,
+    changed_error,
+    read_manifest,
+    write_manifest,
+)
+from llm2vec_fast.bulk.progress import Meter, ProgressLine
+from llm2vec_fast.bulk.settings import EmbedSettings
+from llm2vec_fast.bulk.sink import Sink, keep_errors_of
+from llm2vec_fast.errors import InputError, OutputError
+
+POLL_SECONDS = 0.1
+RESERVED_COLUMNS = ("id", "embedding")
+Result = TypeVar("Result")
+
+
+class JobStoppedError(Exception):
+    """The job was told to stop; ``rows`` in ``parts`` finished parts are kept."""
+
+    def __init__(self, parts: int, rows: int) -> None:
+        super().__init__(f"stopped with {parts:,} parts ({rows:,} rows) finished")
+        self.parts = parts
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to: numbers of the whole folder, and of this run."""
+
+    rows: int
+    bad_rows: int
+    damaged: int
+    tokens: int
+    parts: int
+    dimension: int
+    rows_now: int = 0
+    tokens_now: int = 0
+    seconds: float = 0.0
+    padding: float = 0.0
+    already_finished: bool = False
+
+
+def embed(
+    patterns: Sequence[str],
+    folder: Path,
+    settings: EmbedSettings,
+    *,
+    load: LoadEncoder = load_encoder,
+    stop: threading.Event | None = None,
+    notify: Callable[[str], None] = lambda sentence: None,
+) -> Outcome:
+    """Embed a corpus into ``folder``, or go on where an earlier run of the same job ended.
+
+    Args:
+        patterns: files, folders and globs; see `find_inputs`.
+        folder: gets part-00000.parquet, …, manifest.json and, for rows left out, errors.jsonl.
+        settings: the model and all else that decides the embeddings.
+        load: makes the encoder; not called for a finished job.
+        stop: set it (from a signal handler, another thread) and the job ends after the batch at hand.
+        notify: takes sentences for the user.
+
+    Raises:
+        JobStoppedError: ``stop`` was set.
+        UserError: the inputs, the model, the settings or the disk do not allow the job; the message says what to do.
+    """
+    stop = stop or threading.Event()
+    _require_free_names(settings)
+    files = find_inputs(patterns, folder)
+    _prepare(folder)
+    with only_job(folder / JOB_FOLDER):
+        manifest = _open_manifest(folder, settings, files)
+        if manifest.finished:
+            outcome = _outcome(manifest, already_finished=True)
+        else:
+            for sentence in check_inputs(files, settings.columns):
+                notify(sentence)
+            outcome = _run(folder, manifest, settings, files, load, stop, notify)
+    if not outcome.rows:
+        raise InputError(_nothing_embedded(folder, outcome))
+    return outcome
+
+
+def _require_free_names(settings: EmbedSettings) -> None:
+    taken = [name for name in settings.keep_columns if name in RESERVED_COLUMNS]
+    if taken:
+        raise InputError(f"column {taken[0]!r} cannot be kept under this name: the output has a column {taken[0]!r}")
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder ready to be locked; a folder with somebody else's files is refused."""
+    try:
+        if folder.exists() and not (folder / MANIFEST).exists():
+            foreign = sorted(path.name for path in folder.iterdir() if path.name != JOB_FOLDER)
+            foreign = [name for name in foreign if not name.endswith(".tmp")]
+            if foreign:
+                raise OutputError(f"{folder} has other files ({foreign[0]}, …): give a new --output folder")
+        (folder / JOB_FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output folder {folder} cannot be used: {error.strerror}") from error
+
+
+def _open_manifest(folder: Path, settings: EmbedSettings, files: Sequence[InputFile]) -> Manifest:
+    """The folder's manifest, without parts that are gone, or a new one, not written yet."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return Manifest.new(settings, fingerprint(settings.model, settings.adapter), files)
+    marks = fingerprint(settings.model, settings.adapter, known=manifest.fingerprint)
+    manifest.require_same(settings, marks, files, folder)
+    manifest.fingerprint = marks
+    lost = [part for part, path in manifest.part_paths(folder) if not _whole(part, path)]
+    for part in lost:
+        del manifest.parts[part.index]
+        manifest.state = "unfinished"
+    return manifest
+
+
+def _whole(part: Part, path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == part.bytes
+
+
+def _run(
+    folder: Path,
+    manifest: Manifest,
+    settings: EmbedSettings,
+    files: Sequence[InputFile],
+    load: LoadEncoder,
+    stop: threading.Event,
+    notify: Callable[[str], None],
+) -> Outcome:
+    if manifest.parts:
+        notify(f"going on after {len(manifest.parts):,} finished parts ({manifest.total('rows'):,} rows)")
+    for left in (*folder.glob("*.tmp"), *(folder / JOB_FOLDER).glob("*.tmp")):
+        left.unlink()
+    keep_errors_of(folder, manifest.parts)
+    write_manifest(folder, manifest)
+    settings = with_choices(settings, manifest.resolved)
+    encoder = load(settings)
+    manifest.resolved = _resolve(folder, manifest, encoder, settings)
+    settings = with_choices(settings, manifest.resolved)
+    write_manifest(folder, manifest)
+    total_bytes = sum(file.bytes for file in files)
+    meter = Meter(total_bytes, manifest.total("input_bytes"), manifest.total("rows"), manifest.total("bad_rows"))
+    rows_before, started = manifest.total("rows"), time.monotonic()
+    corpus = Corpus(files, settings.columns, manifest.resolved["rows_per_shard"], stop)
+    try:
+        with ProgressLine(meter) as progress:
+            _Pipeline(folder, manifest, settings, encoder, meter, progress, stop).run(corpus)
+    except BaseException as error:
+        with suppress(OutputError):  # the journal has it all: a full disk loses nothing
+            write_manifest(folder, manifest)
+        if isinstance(error, _StopError | StopReadingError):
+            raise JobStoppedError(len(manifest.parts), manifest.total("rows")) from None
+        raise
+    manifest.state = "finished"
+    write_manifest(folder, manifest)
+    return _outcome(
+        manifest,
+        rows_now=manifest.total("rows") - rows_before,
+        tokens_now=meter.tokens,
+        seconds=time.monotonic() - started,
+        padding=meter.padding,
+    )
+
+
+def _resolve(folder: Path, manifest: Manifest, encoder: Encoder, settings: EmbedSettings) -> dict[str, Any]:
+    resolved = resolved_choices(encoder, settings)
+    before = manifest.resolved.get("dimension", resolved["dimension"])
+    if before != resolved["dimension"]:
+        raise changed_error(folder, [f"dimension {before} -> {resolved['dimension']}"])
+    return resolved
+
+
+class _StopError(Exception):
+    """The stop flag is set."""
+
+
+class _Pipeline:
+    """Read ahead, encode, write behind."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        settings: EmbedSettings,
+        encoder: Encoder,
+        meter: Meter,
+        progress: ProgressLine,
+        stop: threading.Event,
+    ) -> None:
+        self._manifest = manifest
+        self._settings = settings
+        self._encoder = encoder
+        self._meter = meter
+        self._progress = progress
+        self._stop = stop
+        self._sink = Sink(folder, settings.output_dtype)
+        self._written: Future[Part] | None = None
+
+    def run(self, corpus: Corpus) -> None:
+        """Every missing part, in order. Whatever ends it, the part that is being written is finished first."""
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+            shards = _missing(corpus, dict(self._manifest.parts))
+            try:
+                upcoming = reader.submit(next, shards, None)
+                while (found := self._wait(upcoming)) is not None:
+                    shard, first_row = found
+                    upcoming = reader.submit(next, shards, None)
+                    embeddings, tokens = self._encode(shard)
+                    self._collect()
+                    self._written = writer.submit(self._sink.write, shard, embeddings, tokens, first_row)
+            finally:
+                reader.submit(corpus.close)
+                self._collect()
+
+    def _encode(self, shard: Shard) -> tuple[np.ndarray, int]:
+        before = self._meter.tokens
+        self._meter.begin_shard(len(shard.texts), shard.input_bytes, sum(problem.rows for problem in shard.problems))
+        if shard.texts:
+            embeddings = encode_texts(self._encoder, self._settings, shard.texts, self._on_batch)
+        else:
+            embeddings = np.empty((0, self._manifest.resolved["dimension"]), np.float32)
+        self._meter.end_shard()
+        return embeddings, self._meter.tokens - before
+
+    def _on_batch(self, rows: int, tokens: int, padded_tokens: int) -> None:
+        self._meter.batch(rows, tokens, padded_tokens)
+        self._progress.update()
+        if self._written is not None and self._written.done():
+            self._collect()  # a full disk ends the job here, not after another part is embedded
+        if self._stop.is_set():
+            raise _StopError
+
+    def _collect(self) -> None:
+        """Wait for the part being written, if any."""
+        written, self._written = self._written, None
+        if written is not None:
+            part = written.result()
+            self._manifest.parts[part.index] = part
+
+    def _wait(self, future: Future[Result]) -> Result:
+        while not wait([future], POLL_SECONDS).done:
+            if self._stop.is_set():
+                raise _StopError
+        return future.result()
+
+
+def _missing(corpus: Corpus, finished: dict[int, Part]) -> Iterator[tuple[Shard, int]]:
+    """The shards that no finished part holds, each with the rows of the corpus before it."""
+    cursor, index, row = Cursor(), 0, 0
+    while True:
+        part = finished.get(index)
+        if part is not None:
+            cursor, row = part.end, row + part.rows_read
+        else:
+            shard = corpus.read(index, cursor)
+            if shard is None:
+                return
+            yield shard, row
+            cursor, row = shard.end, row + shard.rows_read
+        index += 1
+
+
+def _outcome(manifest: Manifest, **now: Any) -> Outcome:
+    totals = {name: manifest.total(name) for name in ("rows", "bad_rows", "damaged", "tokens")}
+    return Outcome(**totals, parts=len(manifest.parts), dimension=manifest.resolved["dimension"], **now)
+
+
+def _nothing_embedded(folder: Path, outcome: Outcome) -> str:
+    if outcome.bad_rows or outcome.damaged:
+        return f"no row could be embedded: {outcome.bad_rows:,} rows left out, {folder / ERRORS} says why"
+    return "no row could be embedded: the input files hold no rows"

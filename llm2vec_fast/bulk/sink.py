@@ -1,0 +1,146 @@
+"""Parts of the output: Parquet files of ids, kept columns and embeddings, and errors.jsonl for rows left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm2vec_fast.bulk.corpus import Problem, Shard
+from llm2vec_fast.bulk.files import append_lines, read_json_lines, replacing
+from llm2vec_fast.bulk.manifest import ERRORS, Part, record_part
+
+ROWS_PER_GROUP = 8192
+MAX_FLOAT16 = float(np.finfo(np.float16).max)
+
+
+class Sink:
+    """Writes finished shards into ``folder``; one call at a time, from any thread."""
+
+    def __init__(self, folder: Path, output_dtype: str) -> None:
+        self._folder = folder
+        self._dtype = np.dtype(output_dtype)
+
+    def write(self, shard: Shard, embeddings: np.ndarray, tokens: int, first_row: int) -> Part:
+        """Write a part, its bad rows and its entry in the journal, in this order: only the entry makes it count.
+
+        Args:
+            shard: the rows.
+            embeddings: (N, d) float32, a row a text of the shard; rows that are not finite are left out.
+            tokens: tokens that the model saw.
+            first_row: rows of the corpus before this shard.
+
+        Raises:
+            OutputError: the disk is full, or the folder cannot be written.
+        """
+        good, problems = _split(shard, embeddings, self._dtype)
+        name = f"part-{shard.index:05d}.parquet"
+        size, digest = self._write_table(self._folder / name, _table(shard, embeddings, good, self._dtype))
+        if problems:
+            lines = [_problem_line(shard.index, problem) for problem in problems]
+            append_lines(self._folder / ERRORS, lines)
+        part = Part(
+            index=shard.index,
+            name=name,
+            first_row=first_row,
+            rows_read=shard.rows_read,
+            rows=int(good.sum()),
+            bad_rows=sum(problem.rows for problem in problems),
+            damaged=sum(problem.damage for problem in problems),
+            tokens=tokens,
+            input_bytes=shard.input_bytes,
+            bytes=size,
+            sha256=digest,
+            start=shard.start,
+            end=shard.end,
+        )
+        record_part(self._folder, part)
+        return part
+
+    def _write_table(self, path: Path, table: pa.Table) -> tuple[int, str]:
+        with replacing(path) as file:
+            hashing = HashingFile(file)
+            pq.write_table(
+                table,
+                pa.PythonFile(hashing, mode="w"),
+                row_group_size=ROWS_PER_GROUP,
+                compression={name: "none" if name == "embedding" else "zstd" for name in table.column_names},
+                use_dictionary=False,
+                write_statistics=False,
+            )
+        return hashing.size, hashing.digest.hexdigest()
+
+
+class HashingFile:
+    """A file that is only appended to, and hashed on the way."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        self._file.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """The owner of the file closes it, once it is synced."""
+
+
+def keep_errors_of(folder: Path, parts: Collection[int]) -> None:
+    """Drop from errors.jsonl the rows of parts that never were finished: they will be read again."""
+    path = folder / ERRORS
+    if not path.exists():
+        return
+    with replacing(path) as file:
+        for line in read_json_lines(path):
+            if line["part"] in parts:
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+
+def _split(shard: Shard, embeddings: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, list[Problem]]:
+    """Which rows can be written (N bools), and all the shard's problems."""
+    finite = np.isfinite(embeddings).all(axis=1)
+    good = finite.copy()
+    if dtype == np.float16:
+        good &= (np.abs(embeddings) <= MAX_FLOAT16).all(axis=1)
+    problems = list(shard.problems)
+    for place in np.flatnonzero(~good):
+        reason = "the embedding is not finite, in float32 too"
+        if finite[place]:
+            reason = "the embedding is too large for float16: use --output-dtype float32, or --normalize"
+        name, row = shard.places[place]
+        problems.append(Problem(name, row, shard.ids[place], reason))
+    return good, problems
+
+
+def _table(shard: Shard, embeddings: np.ndarray, good: np.ndarray, dtype: np.dtype[Any]) -> pa.Table:
+    mask = pa.array(good)
+    values = np.ascontiguousarray(embeddings[good].astype(dtype)).reshape(-1)
+    columns = {"id": pa.array(shard.ids, pa.string()).filter(mask)}
+    columns |= {name: pa.array(kept, pa.string()).filter(mask) for name, kept in shard.kept.items()}
+    columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(values), embeddings.shape[1])
+    return pa.table(columns)
+
+
+def _problem_line(part: int, problem: Problem) -> str:
+    value = {"part": part, "file": problem.file, "row": problem.row, "id": problem.id, "reason": problem.reason}
+    if problem.rows != 1:
+        value["rows"] = problem.rows
+    return json.dumps(value, ensure_ascii=False)
