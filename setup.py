@@ -12,18 +12,22 @@ REQUIRED = [
     "triton>=3.6; platform_system == 'Linux'",
     "transformers>=5.2",
     "peft>=0.18",
+    "filelock>=3.12",
+    "huggingface_hub>=1.0",
     "numpy>=1.26",
+    "psutil>=6",
     "pyarrow>=17",
     "rich>=13.7",
+    "safetensors>=0.5",
+    "tokenizers>=0.22",
     "typer>=0.16",
 ]
 GGUF = ["gguf>=0.10"]
-BENCH = ["psutil>=6", "pytest-benchmark>=5", "sentence-transformers>=6.2"]
+BENCH = ["pytest-benchmark>=5", "sentence-transformers>=6.2"]
 # ruff is held to one release series: each series formats a little differently.
 TEST = [
     *GGUF,
     "hypothesis>=6.100",
-    "psutil>=6",
     "pytest>=8.4",
     "pytest-benchmark>=5",
     "ruff>=0.17,<0.18",

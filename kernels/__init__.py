@@ -1,6 +1,11 @@
 """Fused operations for bidirectional encoders. They know tensors, and nothing of models or files."""
 
-from .attention import attention
-from .layout import SequenceLayout
+if __name__ == "kernels":
+    # The checkout's root is on sys.path, and transformers looks for an unrelated package of this name: it finds an old
+    # one with nothing in it. Without this, every operation would be registered a second time under the bare name.
+    __version__ = "0"
+else:
+    from .attention import attention
+    from .layout import SequenceLayout
 
-__all__ = ["SequenceLayout", "attention"]
+    __all__ = ["SequenceLayout", "attention"]

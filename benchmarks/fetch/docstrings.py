@@ -44,10 +44,13 @@ class Docstring(NamedTuple):
 
 def collect() -> list[Docstring]:
     """Every docstring of the standard library once, tests left out; ids are unique, and so are texts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of modules about to be removed, and of their source
+        found = [*_from_source(Path(sysconfig.get_path("stdlib"))), *_from_c()]
     seen: set[str] = set()
     count: dict[str, int] = {}
     docstrings = []
-    for name, text in (*_from_source(Path(sysconfig.get_path("stdlib"))), *_from_c()):
+    for name, text in found:
         if not text.strip() or text in seen:
             continue
         seen.add(text)
@@ -78,12 +81,10 @@ def _from_source(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _of_file(path: Path, module: str) -> Iterator[tuple[str, str]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an invalid escape in somebody's string is not our news
-        try:
-            tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # templates and samples of older Pythons lie among the modules
-            return
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:  # templates and samples of older Pythons lie among the modules
+        return
     yield module, ast.get_docstring(tree) or ""
     yield from _of_definitions(tree, module)
 
@@ -110,6 +111,8 @@ def _from_c() -> Iterator[tuple[str, str]]:
 
 
 def _is_written_in_c(name: str) -> bool:
+    if name == "sys":  # programs put their own functions in place of its hooks: it differs between processes
+        return False
     spec = find_spec(name)
     return spec is not None and (spec.loader is BuiltinImporter or isinstance(spec.loader, ExtensionFileLoader))
 
