@@ -1,0 +1,411 @@
+"""LLM2Vec: a pretrained decoder as a text encoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .batching import default_token_budget
+from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional
+from .kernels.layout import SequenceLayout
+from .kernels.pooling import POOLING_MODES, pool
+from .loading import SETTINGS_FILE, load
+from .pipeline import OnBatch, Request, encode_pairs
+from .precision import choose_dtype
+from .prompts import as_pairs, find_template
+from .saving import keep_published_name, write_json, written_beside
+from .tokenization import TextTokenizer
+
+_SETTINGS = ("pooling_mode", "max_length", "doc_max_length", "skip_instruction")
+
+
+@dataclass(frozen=True)
+class TokenEmbeddings:
+    """The tokens of one text.
+
+    Attributes:
+        embeddings: (tokens, d) float32.
+        offsets: (tokens, 2) int64, the characters [first, last) of the text each token covers; first = last on tokens
+            that stand for none, such as an added begin token.
+        ids: (tokens,) int64.
+    """
+
+    embeddings: Tensor | np.ndarray
+    offsets: Tensor | np.ndarray
+    ids: Tensor | np.ndarray
+
+
+class LLM2Vec(nn.Module):
+    """A decoder that embeds texts. `from_pretrained` makes one, `encode` uses it.
+
+    Args:
+        model: a transformers decoder, bare, with a head or in a peft model. It keeps the direction its configuration
+            states (``is_causal``); call `make_bidirectional` first, or use `from_pretrained`.
+        tokenizer: its fast tokenizer. A padding token is not needed.
+        pooling_mode: "mean", "weighted_mean", "eos_token", "last_token" or "bos_token".
+        max_length: tokens of a text, prompt included; what is beyond is cut.
+        doc_max_length: tokens of a text without its prompt; words beyond are dropped.
+        skip_instruction: leave the prompt's tokens (instruction, chat opening, and the begin token before them) out of
+            the pooling. A text without a prompt is pooled whole. "bos_token" pools the first token in any case.
+        checkpoint: the name the model was published under, by which its chat template is found.
+        token_budget: tokens of a forward pass; by default chosen from the device.
+        accelerate: run fused operations while encoding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling_mode: str = "mean",
+        max_length: int = 512,
+        doc_max_length: int = 400,
+        skip_instruction: bool = True,
+        *,
+        checkpoint: str | None = None,
+        token_budget: int | None = None,
+        accelerate: bool = True,
+    ) -> None:
+        super().__init__()
+        if pooling_mode not in POOLING_MODES:
+            raise ValueError(f"pooling_mode={pooling_mode!r} is unknown: choose one of {', '.join(POOLING_MODES)}")
+        config = decoder_of(model).config
+        if config._attn_implementation != ATTENTION_NAME:  # any other would look across the texts of a packed batch
+            make_bidirectional(model, enabled=not getattr(config, "is_causal", True))
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = model.config
+        self.pooling_mode = pooling_mode
+        self.max_length = max_length
+        self.doc_max_length = doc_max_length
+        self.skip_instruction = skip_instruction
+        self.checkpoint = checkpoint or str(getattr(config, "_name_or_path", ""))
+        self.token_budget = token_budget or default_token_budget(self.device)
+        self.accelerate = accelerate
+        self._accelerated = False
+        self.text_tokenizer()  # refuses unusable settings now, not at the first text
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model_name_or_path: str | Path,
+        peft_model_name_or_path: str | Path | None = None,
+        merge_peft: bool = False,
+        enable_bidirectional: bool = True,
+        *,
+        pooling_mode: str | None = None,
+        max_length: int | None = None,
+        doc_max_length: int | None = None,
+        skip_instruction: bool | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        device: str | torch.device | None = None,
+        token_budget: int | None = None,
+        accelerate: bool = True,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> LLM2Vec:
+        """Load a decoder as an encoder.
+
+        Args:
+            base_model_name_or_path: a model folder, hub name or GGUF file, or an adapter's folder or hub name (which
+                names its base and is merged into it).
+            peft_model_name_or_path: an adapter to put on top.
+            merge_peft: merge it into the weights: faster to run, no longer separate.
+            enable_bidirectional: False keeps the decoder causal.
+            pooling_mode, max_length, doc_max_length, skip_instruction: see the class. What is not given is read from
+                the folder's llm2vec_config.json, else has the class's default.
+            dtype: a dtype or its name; "auto" is bfloat16 where the device is fast in it, else float32.
+            device: by default the accelerator if there is one, else the CPU.
+            token_budget, accelerate: see the class.
+            trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
+            kwargs: passed on to ``AutoModel.from_pretrained``; ``torch_dtype`` and ``device_map`` with one device are
+                understood as ``dtype`` and ``device``.
+
+        Raises:
+            ModelLoadError: something is missing, damaged, or stored as pickle; the message says what.
+            UnsupportedModelError: the architecture cannot attend both ways.
+        """
+        dtype = kwargs.pop("torch_dtype", dtype)
+        if isinstance(kwargs.get("device_map"), (str, torch.device)) and kwargs["device_map"] != "auto":
+            device = kwargs.pop("device_map")
+        placed = "device_map" in kwargs
+        device = torch.device(device) if device is not None else _best_device()
+        loaded = load(
+            base_model_name_or_path,
+            peft_model_name_or_path,
+            merge=merge_peft,
+            dtype=choose_dtype(dtype, device).dtype,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
+        make_bidirectional(loaded.model, enabled=enable_bidirectional)
+        given = dict(zip(_SETTINGS, (pooling_mode, max_length, doc_max_length, skip_instruction), strict=True))
+        saved = {name: loaded.settings[name] for name in _SETTINGS if name in loaded.settings}
+        return cls(
+            loaded.model if placed else loaded.model.to(device),
+            loaded.tokenizer,
+            **{**saved, **{name: value for name, value in given.items() if value is not None}},
+            checkpoint=loaded.checkpoint,
+            token_budget=token_budget,
+            accelerate=accelerate,
+        ).eval()
+
+    @property
+    def dimension(self) -> int:
+        """Columns of an embedding."""
+        return decoder_of(self.model).config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where texts are embedded."""
+        return decoder_of(self.model).get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the decoder computes in; embeddings are float32 in any case."""
+        return decoder_of(self.model).get_input_embeddings().weight.dtype
+
+    def train(self, mode: bool = True) -> LLM2Vec:
+        """Switch between training and use; training runs on the plain modules, which optimisers know."""
+        if mode:
+            self._set_accelerated(False)
+        return super().train(mode)
+
+    def forward(
+        self, input_ids: Tensor | Mapping[str, Tensor], layout: SequenceLayout | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        """Embed token ids, differentiably.
+
+        Args:
+            input_ids: (1, T) ids of N packed sequences, or (B, S) padded ones, with their ``layout``; or what
+                `tokenize` returns: a mapping with ``input_ids`` (B, S), ``attention_mask`` and perhaps ``embed_mask``,
+                whose ones mark, from the end of each text, the tokens to pool.
+            layout: the sequences; by default every row of ``input_ids`` is one.
+            skip: (N,) leading tokens of each sequence that pooling leaves out.
+
+        Returns:
+            (N, d), float32.
+        """
+        if isinstance(input_ids, Mapping):
+            input_ids, layout, skip = self._unpack(input_ids)
+        elif layout is None:
+            layout = SequenceLayout.from_shape(*input_ids.shape, device=input_ids.device)
+        return self.pool(self.hidden_states(input_ids, layout), layout, skip)
+
+    def hidden_states(self, input_ids: Tensor, layout: SequenceLayout, model: nn.Module | None = None) -> Tensor:
+        """Last hidden state (rows, d) of ids (B, S), or of a packed (1, T), by this model or a copy of it."""
+        model = self.model if model is None else model
+        decoder = model if isinstance(model, PeftModel) else decoder_of(model)
+        return decoder(input_ids=input_ids, layout=layout, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def pool(self, hidden: Tensor, layout: SequenceLayout, skip: Tensor | None = None) -> Tensor:
+        """Pool token rows (rows, d) into (N, d) by this encoder's mode."""
+        first = POOLING_MODES[self.pooling_mode] == "first"
+        return pool(hidden, layout, self.pooling_mode, None if first else skip)
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """What turns (instruction, text) pairs into ids, by the settings as they are now."""
+        backend = self.tokenizer.backend_tokenizer
+        template = find_template(
+            self.checkpoint,
+            self.config.model_type,
+            self.pooling_mode,
+            self.tokenizer.eos_token,
+            lambda token: backend.token_to_id(token) is not None,
+        )
+        return TextTokenizer(self.tokenizer, template, self.max_length, self.doc_max_length)
+
+    def tokenize(self, texts: Sequence[str | Sequence[str]]) -> dict[str, Tensor]:
+        """Left-padded ids of strings or [instruction, text] pairs, for `forward`.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``embed_mask`` (ones on the text, zeros on its prompt), (B, S) int64.
+        """
+        tokens = self.text_tokenizer()(as_pairs(texts))
+        lengths = tokens.lengths
+        width = int(lengths.max(initial=0))
+        marks = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        ids = np.full((len(lengths), width), next(mark for mark in marks if mark is not None), dtype=np.int64)
+        for row, text in zip(ids, tokens.ids, strict=True):
+            row[width - len(text) :] = text
+        column = np.arange(width)
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy((column >= (width - lengths)[:, None]).astype(np.int64)),
+            "embed_mask": torch.from_numpy((column >= (width - lengths + tokens.skip)[:, None]).astype(np.int64)),
+        }
+
+    def encode(
+        self,
+        sentences: str | Sequence[str | Sequence[str]],
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        convert_to_numpy: bool = False,
+        convert_to_tensor: bool = True,
+        device: str | torch.device | None = None,
+        *,
+        instruction: str | None = None,
+        normalize: bool = False,
+        truncate_dim: int | None = None,
+        output: str = "embeddings",
+        token_budget: int | None = None,
+        on_batch: OnBatch | None = None,
+        non_finite: str = "raise",
+    ) -> Tensor | np.ndarray | TokenEmbeddings | list[TokenEmbeddings]:
+        """Embed texts. What a text's embedding is does not depend on the texts beside it.
+
+        Args:
+            sentences: a text, texts, or [instruction, text] pairs.
+            batch_size: accepted for compatibility and ignored: batches are made by ``token_budget``.
+            show_progress_bar: show one on standard error.
+            convert_to_numpy: return NumPy arrays instead of tensors.
+            convert_to_tensor: accepted for compatibility: tensors are what comes back otherwise.
+            device: move the model there first.
+            instruction: put before every text of ``sentences``, which are then plain strings.
+            normalize: give every embedding length 1.
+            truncate_dim: keep the first columns only; before ``normalize``.
+            output: "embeddings", or "tokens" for the embedding of every token behind the prompt, not pooled.
+            token_budget: tokens of a forward pass; a longer text runs alone.
+            on_batch: called after each forward pass with its rows, its tokens, and its tokens with padding.
+            non_finite: what to do with a text whose embedding holds NaN or infinity, in float32 too: "raise", or
+                "keep" its row as NaN.
+
+        Returns:
+            (N, d) float32 on the CPU, rows in the order of ``sentences``; (d,) for a single text. With
+            output="tokens" a list of `TokenEmbeddings`, or one for a single text. A text of which no token is left to
+            pool (an empty one behind an instruction) is a row of zeros.
+
+        Raises:
+            TypeError: an item is neither a string nor a pair of strings.
+            UserError: an instruction fills all of ``max_length``.
+            NonFiniteEmbeddingError: see ``non_finite``.
+        """
+        single = isinstance(sentences, str)
+        pairs = as_pairs([sentences] if single else sentences, instruction)
+        if output not in ("embeddings", "tokens"):
+            raise ValueError(f"output={output!r} is unknown: choose embeddings or tokens")
+        if non_finite not in ("raise", "keep"):
+            raise ValueError(f"non_finite={non_finite!r} is unknown: choose raise or keep")
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.dimension:
+            raise ValueError(f"truncate_dim={truncate_dim} is not between 1 and the model's {self.dimension} columns")
+        if device is not None:
+            self.to(device)
+        request = Request(
+            tokens=output == "tokens",
+            skip_prompt=self.skip_instruction,
+            normalize=normalize,
+            truncate_dim=truncate_dim,
+            token_budget=token_budget or self.token_budget,
+            keep_non_finite=non_finite == "keep",
+        )
+        with self._encoding(), _progress(len(pairs), show_progress_bar, on_batch) as report:
+            rows = encode_pairs(self, pairs, request, report)
+        wrap = (lambda array: array) if convert_to_numpy else torch.from_numpy
+        if request.tokens:
+            texts = [TokenEmbeddings(wrap(row.values), wrap(row.offsets), wrap(row.ids)) for row in rows]
+            return texts[0] if single else texts
+        width = truncate_dim or self.dimension
+        embeddings = wrap(np.stack([row.values for row in rows]) if rows else np.empty((0, width), np.float32))
+        return embeddings[0] if single else embeddings
+
+    def float32_copy(self) -> nn.Module:
+        """A copy of the decoder in float32, on the same device."""
+        self._set_accelerated(False)
+        try:
+            return copy.deepcopy(self.model).float().eval()
+        finally:
+            self._set_accelerated(self.accelerate)
+
+    def save(self, output_path: str | Path, merge_before_save: bool = False, save_config: bool = True) -> None:
+        """Write the model, its tokenizer and llm2vec_config.json into a folder, whole or not at all.
+
+        The folder loads again here, and in plain ``AutoModel.from_pretrained`` with the same hidden states. An adapter
+        that is not merged is saved alone; its folder loads here, on the base it names.
+
+        Args:
+            output_path: the folder; other files in it stay.
+            merge_before_save: merge the adapter into the weights first, for good.
+            save_config: write the encoder's settings as llm2vec_config.json.
+        """
+        self._set_accelerated(False)
+        if merge_before_save and isinstance(self.model, PeftModel):
+            self.model = self.model.merge_and_unload()
+        with written_beside(output_path) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            keep_published_name(folder, self.checkpoint)
+            if save_config:
+                write_json(folder / SETTINGS_FILE, {name: getattr(self, name) for name in _SETTINGS})
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """See transformers."""
+        return self.model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """See transformers."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def _unpack(self, features: Mapping[str, Tensor]) -> tuple[Tensor, SequenceLayout, Tensor | None]:
+        ids, mask, embed_mask = (features.get(name) for name in ("input_ids", "attention_mask", "embed_mask"))
+        layout = (
+            SequenceLayout.from_shape(*ids.shape, device=ids.device)
+            if mask is None
+            else SequenceLayout.from_attention_mask(mask)
+        )
+        if embed_mask is None or not self.skip_instruction:
+            return ids, layout, None
+        return ids, layout, layout.lengths - embed_mask.sum(1)
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, fused operations; the training mode comes back afterwards."""
+        was_training = self.training
+        self.eval()
+        self._set_accelerated(self.accelerate)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.train(was_training)
+
+    def _set_accelerated(self, wanted: bool) -> None:
+        try:
+            from .acceleration import accelerate as accelerate_model
+            from .acceleration import restore
+        except ImportError:
+            return
+        if wanted and not self._accelerated:
+            accelerate_model(self.model)
+        elif self._accelerated and not wanted:
+            restore(self.model)
+        self._accelerated = wanted
+
+
+@contextmanager
+def _progress(total: int, shown: bool, on_batch: OnBatch | None) -> Iterator[OnBatch]:
+    """What to call after each forward pass."""
+    with tqdm(total=total, unit="text", desc="embedding", disable=not shown) as bar:
+
+        def report(rows: int, tokens: int, padded_tokens: int) -> None:
+            bar.update(rows)
+            if on_batch is not None:
+                on_batch(rows, tokens, padded_tokens)
+
+        yield report
+
+
+def _best_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
