@@ -1,0 +1,1 @@
+"""What the Triton kernels compile to, on a machine without a GPU."""

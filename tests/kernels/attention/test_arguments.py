@@ -1,0 +1,59 @@
+"""What attention cannot compute is refused in one sentence that names the value and the way out."""
+
+import pytest
+import torch
+
+from llm2vec_fast.kernels.attention import attention
+from llm2vec_fast.kernels.layout import SequenceLayout
+
+
+def _tensors(q_shape=(6, 4, 8), k_shape=(6, 2, 8), dtype=torch.float32):
+    return torch.zeros(q_shape, dtype=dtype), torch.zeros(k_shape, dtype=dtype), torch.zeros(k_shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"q_shape": (1, 6, 4, 8)}, "q as \\(rows, heads, head_dim\\)"),
+        ({"k_shape": (6, 2, 16)}, "shapes"),
+        ({"q_shape": (5, 4, 8)}, "q has 5 rows, k and v have 6, the layout has 6"),
+        ({"k_shape": (6, 3, 8)}, "q has 4 heads and k has 3"),
+        ({"k_shape": (6, 0, 8)}, "k has 0"),
+        ({"dtype": torch.int64}, "floating-point dtype"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*_tensors(**shapes), SequenceLayout.from_lengths([2, 4]))
+
+
+def test_mixed_dtypes_and_devices_are_refused():
+    q, k, v = _tensors()
+    with pytest.raises(ValueError, match="one floating-point dtype"):
+        attention(q.half(), k, v, SequenceLayout.from_lengths([6]))
+    with pytest.raises(ValueError, match="on cpu, cpu, cpu and meta"):
+        attention(q, k, v, SequenceLayout.from_lengths([6], device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"window": -1}, "window=-1 is negative"),
+        ({"softcap": 0.0}, "softcap=0.0 is not a positive number"),
+        ({"softcap": float("inf")}, "softcap=inf"),
+        ({"scale": 0.0}, "scale=0.0 is not a positive number"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"backend": "flash"}, "backend='flash' is unknown"),
+    ],
+)
+def test_settings_out_of_range_are_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*_tensors(), SequenceLayout.from_lengths([6]), **rule)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_autocast_decides_the_dtype(backend):
+    q, k, v = _tensors()
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = attention(q, k.half(), v, SequenceLayout.from_lengths([6]), backend=backend)
+    assert out.dtype == torch.float16

@@ -1,0 +1,148 @@
+"""The output is as exact as plain PyTorch in the same dtype, whatever the layout, heads, head size and rule."""
+
+from functools import partial
+
+import pytest
+import torch
+from attention_cases import LAYOUTS, Case, make_layout, three_ways, uninitialised_memory_is_nan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_error_within
+
+from llm2vec_fast.kernels.attention import attention, configurations
+
+MIXED = (5, 0, 70, 1, 33, 0)
+LONG = (129, 17, 200)
+CASES = [
+    *(Case(MIXED, layout=layout) for layout in LAYOUTS),
+    *(Case(LONG, layout=layout, settings={"window": 20}) for layout in LAYOUTS),
+    *(Case(LONG, heads=4, kv_heads=2, layout=layout, settings={"causal": True}) for layout in LAYOUTS),
+    *(Case((40, 9), heads=heads, kv_heads=1) for heads in range(1, 9)),
+    Case((40, 9), heads=6, kv_heads=3),
+    *(Case((70, 3), head_dim=size) for size in (16, 40, 64, 72, 80, 96, 112, 128, 256)),
+    *(Case(LONG, settings={"window": window}) for window in (0, 1, 63, 64, 128, 1000)),
+    *(Case(LONG, settings={"causal": True, "window": window}) for window in (0, 31, 64, 1000)),
+    *(Case(LONG, settings={"softcap": softcap}) for softcap in (1.0, 30.0)),
+    Case(LONG, heads=4, kv_heads=2, head_dim=80, settings={"softcap": 2.0, "window": 50, "scale": 0.5}),
+    *(Case((length,)) for length in (1, 2, 63, 64, 65, 127, 128, 129, 257)),
+    Case(()),
+    Case((0,)),
+    Case((0, 0), layout="right"),
+    Case((1,) * 40),
+]
+TRITON_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter gets bfloat16 products wrong
+BLOCKED_DTYPES = (torch.float32, torch.bfloat16)
+BACKENDS = [
+    pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+    for backend, dtypes in (("triton", TRITON_DTYPES), ("blocked", BLOCKED_DTYPES))
+    for dtype in dtypes
+]
+with_lse = partial(attention, return_lse=True)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 × 16, so that short texts pass through every loop of the kernel."""
+    monkeypatch.setattr(configurations, "forward", lambda *_: configurations.Configuration(16, 16, 4, 2))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_output_and_lse_are_as_exact_as_pytorch(case, backend, dtype):
+    for name, *results in zip(("output", "lse"), *three_ways(case, dtype, backend, call=with_lse), strict=True):
+        assert_error_within(*results, name=name)
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 20}, {"causal": True}, {"causal": True, "window": 20}], ids=str)
+def test_every_loop_of_the_kernel_with_small_tiles(small_tiles, rule):
+    for layout in ("packed", "both"):
+        assert_error_within(*three_ways(Case((70, 1, 16, 33), 2, 1, 16, layout, rule), torch.float32, "triton"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 80), max_size=6),
+    layout=st.sampled_from(LAYOUTS),
+    causal=st.booleans(),
+    window=st.none() | st.integers(0, 90),
+    softcap=st.none() | st.floats(0.5, 50),
+    group=st.integers(1, 3),
+    head_dim=st.integers(1, 40),
+)
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
+def test_generated_layouts_and_rules(backend, lengths, layout, causal, window, softcap, group, head_dim):
+    rule = {"causal": causal, "window": window, "softcap": softcap}
+    assert_error_within(*three_ways(Case(tuple(lengths), group, 1, head_dim, layout, rule), torch.float32, backend))
+
+
+@pytest.mark.parametrize("softcap", [None, 20000.0])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_logits_of_ten_thousand(backend, dtype, softcap):
+    case = Case((65, 130), head_dim=64, settings={"scale": 1.0, "softcap": softcap})
+    q, k, v = case.inputs(dtype)
+    q, k = q * 0.35, k * 0.35
+    q[..., 0], k[..., 0] = 100, torch.where(k[..., 0] > 0, 100, -100)  # logits of ±10,000, and ordinary differences
+    assert_error_within(*three_ways(case, dtype, backend, (q, k, v)))
+
+
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
+def test_a_row_with_a_single_key_returns_its_value(backend):
+    case = Case((65, 1, 130), settings={"window": 0})
+    q, k, v = case.inputs(torch.float32)
+    assert torch.equal(attention(q, k, v, case.sequence_layout(), window=0, backend=backend), v)
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 9}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
+def test_a_packed_text_equals_the_text_alone_whatever_its_neighbours_hold(backend, rule):
+    case = Case((40, 70, 3, 70), heads=4)
+    layout = case.sequence_layout()
+    q, k, v = case.inputs(torch.float32)
+    alone = [
+        attention(q[rows], k[rows], v[rows], make_layout("packed", (length,)), backend=backend, **rule)
+        for rows, length in _sequences(layout)
+    ]
+    for x in (q, k, v):
+        x[40:110] = float("nan")  # the second text is broken: the others must not notice
+    together = attention(q, k, v, layout, backend=backend, **rule)
+    for i in (0, 2, 3):
+        rows, _ = list(_sequences(layout))[i]
+        torch.testing.assert_close(together[rows], alone[i])
+
+
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
+@pytest.mark.parametrize("layout", ["left", "right", "both"])
+def test_padding_is_never_read_and_comes_out_as_zeros(backend, layout):
+    case = Case((40, 7, 0), layout=layout)
+    made = case.sequence_layout()
+    q, k, v = case.inputs(torch.float32)
+    clean = attention(q, k, v, made, backend=backend)
+    padding = made.sequence_ids < 0
+    for x in (q, k, v):
+        x[padding] = float("nan")
+    with uninitialised_memory_is_nan():
+        out = attention(q, k, v, made, backend=backend)
+    assert torch.equal(out, clean)
+    assert not out[padding].any()
+
+
+def test_views_of_a_padded_batch_are_read_without_a_copy(monkeypatch):
+    batch, length, heads, size = 2, 24, 2, 16
+    q, k, v = (torch.randn(batch, length, heads * size) for _ in range(3))
+    flat = [x.view(batch, length, heads, size).flatten(0, 1) for x in (q, k, v)]
+    assert all(x.data_ptr() == y.data_ptr() for x, y in zip(flat, (q, k, v), strict=True))
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: pytest.fail("copied"))
+    attention(*flat, make_layout("right", (24, 20)), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_two_runs_give_the_same_bits(backend):
+    case = Case((130, 7), heads=4, kv_heads=2)
+    q, k, v = case.inputs(torch.float32)
+    first, second = (attention(q, k, v, case.sequence_layout(), backend=backend) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def _sequences(layout):
+    for start, length in zip(layout.starts.tolist(), layout.lengths.tolist(), strict=True):
+        yield slice(start, start + length), length

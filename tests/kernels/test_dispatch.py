@@ -1,0 +1,62 @@
+"""One rule decides which implementation runs, and says why."""
+
+import pytest
+
+from llm2vec_fast.kernels import dispatch
+from llm2vec_fast.kernels.dispatch import BackendUnavailableError, choose
+
+ALL = ("reference", "blocked", "triton")
+
+
+@pytest.fixture(autouse=True)
+def _plain_process(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("device", "implemented", "backend", "reason"),
+    [
+        ("cuda", ALL, "triton", "cuda tensors with Triton"),
+        ("xpu", ALL, "triton", "xpu tensors with Triton"),
+        ("cpu", ALL, "blocked", "does not run on cpu"),
+        ("cuda", ("reference", "blocked"), "blocked", "no Triton kernel for this call"),
+    ],
+)
+def test_auto_follows_the_device(device, implemented, backend, reason):
+    choice = choose("attention", "auto", device, implemented)
+    assert choice.backend == backend
+    assert reason in choice.reason
+
+
+def test_auto_without_triton_is_blocked(monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    choice = choose("attention", "auto", "cuda", ALL)
+    assert (choice.backend, choice.reason) == ("blocked", "Triton is not installed")
+
+
+def test_the_interpreter_runs_only_when_asked_for(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("attention", "auto", "cpu", ALL).backend == "blocked"
+    assert choose("attention", "triton", "cpu", ALL).backend == "triton"
+
+
+def test_the_environment_overrides_auto_but_not_an_explicit_backend(monkeypatch):
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
+    assert choose("attention", "auto", "cuda", ALL).backend == "reference"
+    assert choose("attention", "blocked", "cuda", ALL).backend == "blocked"
+
+
+@pytest.mark.parametrize(("requested", "implemented"), [("triton", ALL), ("triton", ("blocked",))])
+def test_an_explicit_backend_that_cannot_run_says_why(requested, implemented):
+    with pytest.raises(BackendUnavailableError, match="attention"):
+        choose("attention", requested, "cpu", implemented)
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="'cuda' is unknown"):
+        choose("attention", "cuda", "cpu", ALL)
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fast")
+    with pytest.raises(ValueError, match="LLM2VEC_FAST_BACKEND='fast' is unknown"):
+        choose("attention", "auto", "cpu", ALL)
