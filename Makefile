@@ -44,7 +44,7 @@ model: install
 	@$(PY) -m benchmarks.fetch.smollm2
 
 wheel: install ## build the wheel into dist/
-	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PY) -m pip wheel -qq --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 clean: ## delete the environment, the demo and everything built (the fetched model stays in its cache)
@@ -61,9 +61,9 @@ demo/model: | install
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, and $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install -qq "$(TORCH)"
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml
-	$(PY) -m pip install --quiet --editable '.[dev]'
+	$(PY) -m pip install -qq --editable '.[dev]'
 	@touch $@
