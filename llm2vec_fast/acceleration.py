@@ -1,0 +1,162 @@
+"""Swap parts of a Hugging Face model for faster ones, on the instance, and back.
+
+For inference on a CPU: linear layers run on packed weights, and gated MLPs (Llama's, Gemma's and their like) fold
+their activation and their gate into the products. A swapped module keeps its parameters, its state dict and its place;
+only its class changes, so that copies, pickles and adapters go on working. Whenever a gradient is needed, or a part was
+wrapped by an adapter, the plain path runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.linear import ACTIVATIONS, PackedWeight, linear, pack_weight, packing_problem
+
+logger = logging.getLogger(__name__)
+
+_GATED_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+@dataclass
+class Acceleration:
+    """What `accelerate` swapped, counted by part, and what it left alone, with the reason."""
+
+    swapped: dict[str, int] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def count(self, part: str) -> None:
+        self.swapped[part] = self.swapped.get(part, 0) + 1
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that runs on a packed copy of its weight where no gradient is needed."""
+
+    _packed: tuple[PackedWeight, tuple[int, int]] | None
+
+    def forward(self, x: Tensor, activation: str | None = None, multiplier: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+            return linear(x, self.weight, self.bias, activation=activation, multiplier=multiplier)
+        return linear(x, self._current_pack(), self.bias, activation=activation, multiplier=multiplier)
+
+    def _current_pack(self) -> PackedWeight:
+        """The packed weight, made at first use and again once the weight has been replaced or written to."""
+        stamp = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
+        if self._packed is None or self._packed[1] != stamp:
+            self._packed = (pack_weight(self.weight), stamp)
+        return self._packed[0]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_packed": None}  # a copy or a pickle packs anew: oneDNN's layout is this machine's
+
+
+class FusedGatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x)), the activation and the gate applied inside the products."""
+
+    _activation: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj, self.up_proj
+        if torch.is_grad_enabled() or not (isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)):
+            return self._stock_class.forward(self, x)
+        return self.down_proj(up(x, multiplier=gate(x, activation=self._activation)))
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Make a model's forward pass without gradients faster, in place; `restore` undoes it.
+
+    Packed weights are copies: they take the memory of the layers' weights once more, and are left out where that would
+    exceed a quarter of the memory that is free. After writing to a weight through ``.data``, call this again.
+
+    Args:
+        model: a transformers model, bare or inside a peft model; on other devices than the CPU it is left as it is.
+
+    Returns:
+        What was swapped, and what was left alone and why; the same is logged.
+    """
+    restore(model)
+    report = Acceleration()
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m is not _output_layer(model)]
+    problem = _packing_problem(layers)
+    if problem is not None:
+        report.left["linear"] = problem
+    else:
+        for module in layers:
+            _swap(module, PackedLinear)
+            module._packed = None
+            report.count("linear")
+        _fuse_gated_mlps(model, report)
+    logger.info("accelerated %s: swapped %s, left %s", type(model).__name__, report.swapped, report.left)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every module is of its stock class again, and the packed weights are freed."""
+    for module in model.modules():
+        if isinstance(module, (PackedLinear, FusedGatedMLP)):
+            module.__class__ = module._stock_class
+            for name in ("_stock_class", "_packed", "_activation"):
+                module.__dict__.pop(name, None)
+
+
+def _swap(module: nn.Module, swapped: type[nn.Module]) -> None:
+    module._stock_class = type(module)
+    module.__class__ = swapped
+
+
+def _fuse_gated_mlps(model: nn.Module, report: Acceleration) -> None:
+    for module in [m for m in model.modules() if {name for name, _ in m.named_children()} == _GATED_PARTS]:
+        name = type(module).__name__
+        activation = _activation_name(module.act_fn)
+        if activation is None:
+            report.left[name] = f"its activation {type(module.act_fn).__name__} has no fused form"
+        elif not _computes_gated_mlp(module):
+            report.left[name] = "it computes something else than down(act(gate(x)) * up(x))"
+        else:
+            _swap(module, FusedGatedMLP)
+            module._activation = activation
+            report.count("gated_mlp")
+
+
+@torch.no_grad()
+def _computes_gated_mlp(module: nn.Module) -> bool:
+    """A module's names do not say what it computes: compare it with the formula on one row."""
+    x = torch.linspace(-1, 1, module.gate_proj.in_features, dtype=module.gate_proj.weight.dtype)[None]
+    expected = module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
+    return torch.equal(module(x), expected)
+
+
+def _activation_name(act_fn: nn.Module) -> str | None:
+    """Which of our activations a transformers activation module is; found by value, since its classes vary."""
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    return next((name for name, f in ACTIVATIONS.items() if torch.allclose(act_fn(x), f(x), rtol=0, atol=1e-12)), None)
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """The vocabulary projection: not part of an encoder's forward pass, and the largest weight of all."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _packing_problem(layers: list[nn.Linear]) -> str | None:
+    if not layers:
+        return "the model has no plain linear layers"
+    problems = {packing_problem(m.weight) for m in layers} - {None}
+    if problems:
+        return sorted(problems)[0]
+    need, free = sum(m.weight.nbytes for m in layers), _free_memory()
+    if need > free / 4:
+        return f"a packed copy takes {need >> 20} MiB, more than a quarter of the {free >> 20} MiB that are free"
+    return None
+
+
+def _free_memory() -> int:
+    """Bytes a new allocation can take, by the kernel's own estimate; 0 where it gives none."""
+    try:
+        with open("/proc/meminfo") as lines:
+            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
+    return kib * 1024

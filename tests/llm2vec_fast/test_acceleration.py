@@ -1,0 +1,136 @@
+"""Swapped parts give stock results, come off without a trace, and stand aside where they cannot serve."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from numerics import assert_error_within
+from peft import LoraConfig, get_peft_model
+from tiny_models import FAMILIES, SHAPE, tiny_model
+from torch import nn
+
+from llm2vec_fast.acceleration import accelerate, restore
+from llm2vec_fast.bidirectional import make_bidirectional
+from llm2vec_fast.kernels.linear import packing_problem
+
+pytestmark = pytest.mark.skipif(
+    packing_problem(torch.zeros(1, 1, dtype=torch.bfloat16)) is not None, reason="oneDNN has no bf16 here"
+)
+IDS = torch.arange(3, 40)[None] % SHAPE["vocab_size"]
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+
+
+def bf16_model(family: str) -> nn.Module:
+    return make_bidirectional(tiny_model(family).bfloat16())
+
+
+@torch.no_grad()
+def hidden(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=IDS).last_hidden_state
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_are_as_exact_as_the_stock_models(family: str) -> None:
+    model = bf16_model(family)
+    exact, plain = hidden(copy.deepcopy(model).double()), hidden(model)
+    report = accelerate(model)
+    assert report.swapped["linear"] > 0
+    assert_error_within(hidden(model), plain, exact)
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_gated_mlps_are_fused(family: str) -> None:
+    assert accelerate(bf16_model(family)).swapped["gated_mlp"] == SHAPE["num_hidden_layers"]
+
+
+def test_restore_leaves_no_trace() -> None:
+    model = bf16_model("llama")
+    before = {name: (type(m), sorted(m.__dict__)) for name, m in model.named_modules()}
+    stock, keys = hidden(model), list(model.state_dict())
+    accelerate(model)
+    hidden(model)
+    assert list(model.state_dict()) == keys
+    restore(model)
+    after = {name: (type(m), sorted(m.__dict__)) for name, m in model.named_modules()}
+    assert after == before
+    assert torch.equal(hidden(model), stock)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_give_the_same_bits(clone) -> None:
+    model = bf16_model("llama")
+    accelerate(model)
+    assert torch.equal(hidden(model), hidden(clone(model)))
+
+
+def test_a_changed_weight_is_seen() -> None:
+    model = bf16_model("llama")
+    accelerate(model)
+    before = hidden(model)
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    changed = hidden(model)
+    restore(model)
+    assert not torch.equal(before, changed)
+    assert (changed - hidden(model)).abs().max() < (before - changed).abs().max()
+
+
+@pytest.mark.parametrize("adapter_first", [True, False], ids=["adapter-then-accelerate", "accelerate-then-adapter"])
+def test_adapters_work_on_top(adapter_first: bool) -> None:
+    def with_adapter(model: nn.Module) -> nn.Module:
+        torch.manual_seed(3)
+        lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        return get_peft_model(model, lora).eval()
+
+    plain = with_adapter(bf16_model("llama"))
+    exact, expected = hidden(copy.deepcopy(plain).double()), hidden(plain)
+    model = bf16_model("llama")
+    if adapter_first:
+        model = with_adapter(model)
+        accelerate(model)
+    else:
+        accelerate(model)
+        model = with_adapter(model)
+    assert_error_within(hidden(model), expected, exact)
+
+
+def test_training_takes_the_plain_path_and_gets_every_gradient() -> None:
+    gradients = []
+    for fast in (False, True):
+        model = bf16_model("llama")
+        if fast:
+            accelerate(model)
+            hidden(model)
+        model(input_ids=IDS).last_hidden_state.float().square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_float32_is_left_alone_with_a_reason() -> None:
+    model = make_bidirectional(tiny_model("llama"))
+    report = accelerate(model)
+    assert report.swapped == {}
+    assert "float32" in report.left["linear"]
+
+
+def test_an_mlp_that_computes_something_else_is_left_alone() -> None:
+    class Shifted(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+            self.act_fn = mlp.act_fn
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
+
+    model = bf16_model("llama")
+    for layer in model.layers:
+        layer.mlp = Shifted(layer.mlp)
+    stock = hidden(model)
+    report = accelerate(model)
+    assert "something else" in report.left["Shifted"]
+    assert "gated_mlp" not in report.swapped
+    assert (hidden(model) - stock).abs().max() <= stock.abs().max() * 2**-6
