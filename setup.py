@@ -20,6 +20,7 @@ REQUIRED = [
     "rich>=13.7",
     "safetensors>=0.5",
     "tokenizers>=0.22",
+    "tqdm>=4.66",
     "typer>=0.16",
 ]
 GGUF = ["gguf>=0.10"]
