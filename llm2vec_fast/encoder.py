@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .acceleration import accelerate as accelerate_model
+from .acceleration import restore
 from .batching import default_token_budget
 from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional
 from .kernels.layout import SequenceLayout
@@ -181,6 +183,11 @@ class LLM2Vec(nn.Module):
             self._set_accelerated(False)
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LLM2Vec:
+        """Behind to(), float(), cuda() and the like: what was packed for the old weights is of no use to the new."""
+        self._set_accelerated(False)
+        return super()._apply(fn, recurse)
+
     def forward(
         self, input_ids: Tensor | Mapping[str, Tensor], layout: SequenceLayout | None = None, skip: Tensor | None = None
     ) -> Tensor:
@@ -320,11 +327,9 @@ class LLM2Vec(nn.Module):
 
     def float32_copy(self) -> nn.Module:
         """A copy of the decoder in float32, on the same device."""
-        self._set_accelerated(False)
-        try:
-            return copy.deepcopy(self.model).float().eval()
-        finally:
-            self._set_accelerated(self.accelerate)
+        wide = copy.deepcopy(self.model)
+        restore(wide)
+        return wide.float().eval()
 
     def save(self, output_path: str | Path, merge_before_save: bool = False, save_config: bool = True) -> None:
         """Write the model, its tokenizer and llm2vec_config.json into a folder, whole or not at all.
@@ -381,11 +386,6 @@ class LLM2Vec(nn.Module):
             self.train(was_training)
 
     def _set_accelerated(self, wanted: bool) -> None:
-        try:
-            from .acceleration import accelerate as accelerate_model
-            from .acceleration import restore
-        except ImportError:
-            return
         if wanted and not self._accelerated:
             accelerate_model(self.model)
         elif self._accelerated and not wanted:
