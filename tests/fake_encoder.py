@@ -11,6 +11,7 @@ import numpy as np
 
 NOT_FINITE = "not-finite"
 TOO_LARGE = "too-large"
+NO_TOKEN = "no-token"
 DIMENSION = 16
 WORD_VECTORS = np.random.default_rng(0).standard_normal((1009, DIMENSION)).astype(np.float32)
 
@@ -18,7 +19,7 @@ WORD_VECTORS = np.random.default_rng(0).standard_normal((1009, DIMENSION)).astyp
 class FakeEncoder:
     """Embeds a text as the mean of its words' vectors; a token is a word, a batch has ``batch_rows`` rows.
 
-    The text NOT_FINITE gets NaN, TOO_LARGE a value that float16 cannot hold. ``delay`` seconds pass in every batch.
+    The text NOT_FINITE gets NaN, NO_TOKEN zeros, TOO_LARGE a value that float16 cannot hold. ``delay`` seconds pass in every batch.
     """
 
     dimension = DIMENSION
@@ -69,6 +70,8 @@ def embedding_of(text: str) -> np.ndarray:
     """The row (DIMENSION,) that FakeEncoder gives a text."""
     if text == NOT_FINITE:
         return np.full(DIMENSION, np.nan, np.float32)
+    if text == NO_TOKEN:
+        return np.zeros(DIMENSION, np.float32)
     if text == TOO_LARGE:
         return np.full(DIMENSION, 1e6, np.float32)
     words = [zlib.crc32(word.encode()) % len(WORD_VECTORS) for word in text.split()[:400]]
@@ -76,10 +79,11 @@ def embedding_of(text: str) -> np.ndarray:
 
 
 def run_command_line() -> None:
-    """`llm2vec-fast` with this encoder; FAKE_ROWS and FAKE_DELAY set its batches and their duration in seconds."""
+    """`llm2vec-fast` with this encoder; environment variables set its batches, their duration and an error."""
     from llm2vec_fast.bulk import encoding
     from llm2vec_fast.cli import main
 
     rows, delay = int(os.environ.get("FAKE_ROWS", "256")), float(os.environ.get("FAKE_DELAY", "0"))
-    encoding.load_encoder = lambda settings: FakeEncoder(rows, delay)
+    broken = RuntimeError(os.environ["FAKE_BROKEN"]) if "FAKE_BROKEN" in os.environ else None
+    encoding.load_encoder = lambda settings: FakeEncoder(rows, delay, broken)
     main()

@@ -46,9 +46,11 @@ def load_encoder(settings: EmbedSettings) -> Encoder:
 
     Raises:
         ModelLoadError: it cannot be loaded.
+        UserError: the device is not there.
     """
     from llm2vec_fast.encoder import LLM2Vec
 
+    _require_device(settings.device)
     options = {
         "pooling_mode": settings.pooling,
         "max_length": settings.max_length,
@@ -61,19 +63,40 @@ def load_encoder(settings: EmbedSettings) -> Encoder:
     return LLM2Vec.from_pretrained(
         str(locate(settings.model)),
         adapter,
+        merge_peft=True,  # an adapter apart costs time in every layer, and here nobody trains it
         enable_bidirectional=not settings.causal,
         dtype=settings.dtype,
         **given,
     )
 
 
+def _require_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {device} cannot be used: {reason} (llm2vec-fast doctor lists those there are)"
+        ) from error
+
+
 def resolved_choices(encoder: Encoder, settings: EmbedSettings) -> dict[str, Any]:
-    """What the open choices of the settings came to, as a manifest records it."""
+    """What the open choices of the settings came to, as a manifest records it.
+
+    Raises:
+        UserError: more dimensions are asked for than the model has.
+    """
     device = str(getattr(encoder, "device", "cpu"))
-    width = settings.truncate_dim or encoder.dimension
+    if settings.truncate_dim is not None and settings.truncate_dim > encoder.dimension:
+        raise UserError(
+            f"truncate_dim {settings.truncate_dim} is more than the {encoder.dimension} dimensions of the model: "
+            "give a smaller --truncate-dim"
+        )
     rows = CPU_ROWS_PER_SHARD if device.startswith("cpu") else GPU_ROWS_PER_SHARD
     return {
-        "dimension": min(width, encoder.dimension),
+        "dimension": settings.truncate_dim or encoder.dimension,
         "device": device,
         "dtype": str(getattr(encoder, "dtype", settings.dtype)).removeprefix("torch."),
         "pooling": getattr(encoder, "pooling_mode", settings.pooling),

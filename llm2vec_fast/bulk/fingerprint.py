@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm2vec_fast.bulk.files import sha256_of
 from llm2vec_fast.errors import ModelLoadError
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "*llm2vec*.json")
+SETTINGS = "llm2vec_config.json"  # what LLM2Vec.save writes beside the weights
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", SETTINGS)
 TOKENIZER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -19,7 +21,7 @@ TOKENIZER_PATTERNS = (
     "merges.txt",
     "*.model",
 )
-ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model*")
+ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model*", SETTINGS)
 DOWNLOADED = [*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS, *ADAPTER_PATTERNS]
 
 
@@ -58,28 +60,47 @@ def fingerprint(model: str, adapter: str | None, known: Mapping[str, Any] | None
         ModelLoadError: the model or the adapter does not exist.
     """
     hashes = {_key(file): file["sha256"] for part in (known or {}).values() if part for file in part["files"]}
-    place = locate(model)
-    described = {
-        "model": _describe(place, WEIGHT_PATTERNS + ADAPTER_PATTERNS, hashes),
-        "tokenizer": _describe(place, TOKENIZER_PATTERNS, hashes),
-        "adapter": _describe(locate(adapter), ADAPTER_PATTERNS, hashes) if adapter else None,
+    places = [locate(model)]
+    base = _base_of(places[0])
+    if base is not None:
+        places.append(locate(base))
+    return {
+        "model": _describe(places, WEIGHT_PATTERNS + ADAPTER_PATTERNS, hashes),
+        "tokenizer": _describe(places, TOKENIZER_PATTERNS, hashes),
+        "adapter": _describe([locate(adapter)], ADAPTER_PATTERNS, hashes) if adapter else None,
     }
-    return described
 
 
-def _describe(place: Path, patterns: Iterable[str], hashes: Mapping[tuple[Any, ...], str]) -> dict[str, Any]:
-    found = {place} if place.is_file() else {path for pattern in patterns for path in place.glob(pattern)}
+def _base_of(place: Path) -> str | None:
+    """The base that a model folder names, where the folder holds an adapter alone."""
+    path = place / "adapter_config.json"
+    if not path.is_file() or (place / "config.json").is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelLoadError(f"{path} is not valid JSON: {error}") from error
+
+
+def _describe(places: Sequence[Path], patterns: Iterable[str], hashes: Mapping[tuple[Any, ...], str]) -> dict[str, Any]:
     files = []
-    for path in sorted(path for path in found if path.is_file()):
+    digest = hashlib.sha256()
+    for path in _files(places, patterns):
         status = path.stat()
         file = {"path": str(path.absolute()), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
         file["sha256"] = hashes.get(_key(file)) or sha256_of(path)
         files.append(file)
-    digest = hashlib.sha256()
-    for file in files:  # names count in a folder only: a single file is the same model under any name
-        name = "" if place.is_file() else Path(file["path"]).name
+        name = "" if path in places else path.name  # a file given by itself is the same model under any name
         digest.update(f"{name} {file['sha256']}\n".encode())
-    return {"path": str(place.absolute()), "sha256": digest.hexdigest(), "files": files}
+    return {"path": str(places[0].absolute()), "sha256": digest.hexdigest(), "files": files}
+
+
+def _files(places: Sequence[Path], patterns: Iterable[str]) -> list[Path]:
+    found = []
+    for place in places:
+        matches = {place} if place.is_file() else {path for pattern in patterns for path in place.glob(pattern)}
+        found += sorted(path for path in matches if path.is_file())
+    return found
 
 
 def _key(file: Mapping[str, Any]) -> tuple[Any, ...]:

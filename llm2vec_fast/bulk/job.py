@@ -163,6 +163,9 @@ def _run(
 ) -> Outcome:
     if manifest.parts:
         notify(f"going on after {len(manifest.parts):,} finished parts ({manifest.total('rows'):,} rows)")
+        others = manifest.other_versions()
+        if others:
+            notify(f"{'; '.join(others)}: new parts may differ from finished ones in their last bits")
     for left in (*folder.glob("*.tmp"), *(folder / JOB_FOLDER).glob("*.tmp")):
         left.unlink()
     keep_errors_of(folder, manifest.parts)

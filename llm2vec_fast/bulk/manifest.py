@@ -63,10 +63,17 @@ class Manifest:
     parts: dict[int, Part] = field(default_factory=dict)
     state: str = "unfinished"
     created: str = ""
+    versions: dict[str, str | None] = field(default_factory=dict)
 
     @classmethod
     def new(cls, settings: EmbedSettings, fingerprint: dict[str, Any], inputs: Sequence[InputFile]) -> Manifest:
-        return cls(settings.as_json(), fingerprint, [asdict(file) for file in inputs], created=_now())
+        return cls(
+            settings.as_json(),
+            fingerprint,
+            [asdict(file) for file in inputs],
+            created=_now(),
+            versions=library_versions(),
+        )
 
     @property
     def finished(self) -> bool:
@@ -89,6 +96,11 @@ class Manifest:
         changes += _changed_inputs(self.inputs, inputs)
         if changes:
             raise changed_error(folder, changes)
+
+    def other_versions(self) -> list[str]:
+        """Libraries that are not of the version that the folder was started with, as "name old -> new"."""
+        now = library_versions()
+        return [f"{name} {old} -> {now.get(name)}" for name, old in self.versions.items() if now.get(name) != old]
 
     def part_paths(self, folder: Path) -> list[tuple[Part, Path]]:
         return [(self.parts[index], folder / self.parts[index].name) for index in sorted(self.parts)]
@@ -118,6 +130,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             parts={part["index"]: Part.from_json(part) for part in value["parts"]},
             state=value["state"],
             created=value["created"],
+            versions=value["versions"],
         )
         for line in read_json_lines(folder / JOB_FOLDER / JOURNAL):
             manifest.parts[line["index"]] = Part.from_json(line)
@@ -140,7 +153,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "resolved": manifest.resolved,
         "settings": manifest.settings,
         **manifest.fingerprint,
-        "versions": library_versions(),
+        "versions": manifest.versions,
         "inputs": manifest.inputs,
         "parts": [asdict(manifest.parts[index]) for index in sorted(manifest.parts)],
     }

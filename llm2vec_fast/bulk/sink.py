@@ -116,15 +116,17 @@ def keep_errors_of(folder: Path, parts: Collection[int]) -> None:
 
 def _split(shard: Shard, embeddings: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, list[Problem]]:
     """Which rows can be written (N bools), and all the shard's problems."""
-    finite = np.isfinite(embeddings).all(axis=1)
-    good = finite.copy()
+    reasons = {
+        "the embedding is not finite, in float32 too": ~np.isfinite(embeddings).all(axis=1),
+        "the model has no token of the text to pool": (embeddings == 0).all(axis=1),
+    }
     if dtype == np.float16:
-        good &= (np.abs(embeddings) <= MAX_FLOAT16).all(axis=1)
+        too_large = (np.abs(embeddings) > MAX_FLOAT16).any(axis=1)
+        reasons["the embedding is too large for float16: use --output-dtype float32, or --normalize"] = too_large
+    good = ~np.any(list(reasons.values()), axis=0)
     problems = list(shard.problems)
     for place in np.flatnonzero(~good):
-        reason = "the embedding is not finite, in float32 too"
-        if finite[place]:
-            reason = "the embedding is too large for float16: use --output-dtype float32, or --normalize"
+        reason = next(reason for reason, bad in reasons.items() if bad[place])
         name, row = shard.places[place]
         problems.append(Problem(name, row, shard.ids[place], reason))
     return good, problems

@@ -112,7 +112,18 @@ def _tokenizers() -> dict[str, str]:
     import os
 
     setting = os.environ.get("TOKENIZERS_PARALLELISM", "not set")
-    return {"fast (Rust)": "required and installed", "TOKENIZERS_PARALLELISM": setting}
+    return {"kind": "fast ones (Rust) only, in threads", "TOKENIZERS_PARALLELISM": setting}
+
+
+def _dtypes() -> dict[str, dict[str, str]]:
+    """What dtype "auto" is on each device here, and why."""
+    from llm2vec_fast.precision import choose_dtype
+
+    found = {}
+    for device in _devices():
+        choice = choose_dtype("auto", device)
+        found[device] = {"chosen": str(choice.dtype).removeprefix("torch."), "why": choice.reason}
+    return found
 
 
 def _backends() -> dict[str, dict[str, str]]:

@@ -67,7 +67,7 @@ def embed(
     ] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="LoRA adapter on top of the model.", rich_help_panel=MODEL),
+        typer.Option(metavar="FOLDER", help="LoRA adapter to merge into the model.", rich_help_panel=MODEL),
     ] = None,
     causal: Annotated[
         bool,

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_encoder import DIMENSION, NOT_FINITE, TOO_LARGE, FakeEncoder, embedding_of
+from fake_encoder import DIMENSION, NO_TOKEN, NOT_FINITE, TOO_LARGE, FakeEncoder, embedding_of
 from folders import embeddings, errors, ids, manifest, parts, table
 
 from llm2vec_fast.bulk import corpus, sink
@@ -183,6 +183,15 @@ def test_a_model_that_moved_is_the_same_model(run: Run, lines: Path, model: Path
     assert run(lines, model=str(tmp_path / "elsewhere")).rows == 105
 
 
+def test_a_library_updated_in_between_is_mentioned(run: Run, lines: Path, tmp_path: Path) -> None:
+    stop_in_part(run, 3, lines)
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(path.read_text().replace(f'"numpy": "{np.__version__}"', '"numpy": "1.0"'))
+    said: list[str] = []
+    run(lines, notify=said.append)
+    assert said[1] == f"numpy 1.0 -> {np.__version__}: new parts may differ from finished ones in their last bits"
+
+
 def test_changed_inputs_are_refused(run: Run, lines: Path, tmp_path: Path) -> None:
     stop_in_part(run, 3, lines)
     size = lines.stat().st_size
@@ -232,6 +241,7 @@ BAD_ROWS = {
     8: ('{"body": "a"}', "the row has no field 'text', only 'body'"),
     9: ("{", "the line is not JSON: Expecting property name enclosed in double quotes at character 2"),
     10: (f'{{"text": "{NOT_FINITE}"}}', "the embedding is not finite, in float32 too"),
+    11: (f'{{"text": "{NO_TOKEN}"}}', "the model has no token of the text to pool"),
 }
 
 
@@ -241,7 +251,7 @@ def test_bad_rows_are_named_with_place_and_reason_and_the_rest_is_embedded(run: 
     path.write_text("\n".join(rows) + "\n")
     outcome = run(path, rows_per_shard=4)
     assert (outcome.rows, outcome.bad_rows) == (2, len(BAD_ROWS))
-    assert ids(tmp_path / "out") == ["corpus.jsonl:1", "corpus.jsonl:11"]
+    assert ids(tmp_path / "out") == ["corpus.jsonl:1", "corpus.jsonl:12"]
     assert np.isfinite(embeddings(tmp_path / "out")).all()
     found = errors(tmp_path / "out")
     assert {error["row"]: error["reason"] for error in found} == {row: why for row, (_, why) in BAD_ROWS.items()}
@@ -383,6 +393,11 @@ def test_memory_that_runs_out_names_the_remedy(run: Run, lines: Path) -> None:
     broken = FakeEncoder(broken=RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     with pytest.raises(UserError, match=r"memory ran out .* smaller --token-budget"):
         run(lines, encoder=broken)
+
+
+def test_more_dimensions_than_the_model_has_are_refused(run: Run, lines: Path) -> None:
+    with pytest.raises(UserError, match="truncate_dim 17 is more than the 16 dimensions of the model"):
+        run(lines, truncate_dim=17)
 
 
 def test_a_column_cannot_be_kept_under_a_name_of_the_output(run: Run, lines: Path) -> None:
