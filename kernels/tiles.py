@@ -8,21 +8,27 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+FIELDS = 5
+PADDED_TO = 128
+
 
 @dataclass(frozen=True)
 class TileTable:
     """One program a row.
 
     Attributes:
-        rows: (tiles, 4) int32 on the layout's device: sequence number, first position of the tile within the sequence,
-            first row of the sequence in the batch, tokens of the sequence.
+        rows: (tiles, FIELDS) int32 on the layout's device: sequence number, first position of the tile within the
+            sequence, first row of the sequence in the batch, tokens of the sequence, and where the sequence starts in a
+            buffer that pads each one to a multiple of PADDED_TO (the same in tables of every block size).
         count: tiles.
         tokens: rows of the batch that belong to a sequence.
+        padded_rows: length of such a buffer.
     """
 
     rows: Tensor
     count: int
     tokens: int
+    padded_rows: int
 
 
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -49,10 +55,14 @@ def _build(starts: Tensor, lengths: Tensor, block: int) -> TileTable:
     host_starts, host_lengths = torch.stack([starts, lengths]).to("cpu", torch.int64)
     order = host_lengths.argsort(descending=True, stable=True)
     tiles = (host_lengths[order] + block - 1) // block
+    padded = (host_lengths[order] + PADDED_TO - 1) // PADDED_TO * PADDED_TO
     sequence = order.repeat_interleave(tiles)
     position = (torch.arange(sequence.shape[0]) - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)) * block
-    rows = torch.stack([sequence, position, host_starts[sequence], host_lengths[sequence]], dim=1)
-    return TileTable(rows.to(lengths.device, torch.int32), sequence.shape[0], int(host_lengths.sum()))
+    padded_start = (padded.cumsum(0) - padded).repeat_interleave(tiles)
+    rows = torch.stack([sequence, position, host_starts[sequence], host_lengths[sequence], padded_start], dim=1)
+    return TileTable(
+        rows.to(lengths.device, torch.int32), sequence.shape[0], int(host_lengths.sum()), int(padded.sum())
+    )
 
 
 def _version(tensor: Tensor) -> int:

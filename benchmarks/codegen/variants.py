@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from benchmarks.codegen.compiling import Variant
-from llm2vec_fast.kernels.attention import configurations
-from llm2vec_fast.kernels.attention import triton as attention
+from llm2vec_fast.kernels.attention import configurations, triton, triton_backward
+from llm2vec_fast.kernels.attention.configurations import Configuration
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.kernels.tiles import tile_table
 
@@ -19,44 +19,57 @@ RULES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window": {"window": 128},
     "softcap": {"softcap": 50.0},
+    "dropout": {"threshold": 19661},
 }
+PASSES = ("forward", "dk-dv", "dq")
 
 
-def attention_forward(
+def attention(
+    which: str,
     architecture: str,
     head_dim: int,
     dtype: torch.dtype = torch.bfloat16,
     rule: str = "",
-    config: configurations.Configuration | None = None,
+    config: Configuration | None = None,
 ) -> Variant:
-    """The forward kernel as it is launched for a head size, dtype and rule on an architecture."""
+    """One of `PASSES` as it is launched for a head size, dtype and rule; ``config`` replaces the chosen one."""
+    choose = {
+        "forward": configurations.forward,
+        "dk-dv": configurations.backward_keys,
+        "dq": configurations.backward_queries,
+    }[which]
+    config = config or choose(head_dim, dtype, architecture)
     layout = SequenceLayout.from_lengths([ROWS])
-    config = config or configurations.forward(head_dim, dtype, architecture)
-    q, out = (torch.empty(ROWS, HEADS, head_dim, dtype=dtype) for _ in range(2))
+    q, grad = (torch.empty(ROWS, HEADS, head_dim, dtype=dtype) for _ in range(2))
     k, v = (torch.empty(ROWS, KV_HEADS, head_dim, dtype=dtype) for _ in range(2))
-    settings = {"causal": False, "window": None, "softcap": None, "scale": head_dim**-0.5, **RULES.get(rule, {})}
-    arguments = attention.forward_arguments(
-        q,
-        k,
-        v,
-        out,
-        torch.empty(HEADS, ROWS),
-        tile_table(layout.starts, layout.lengths, config.block_q),
-        config,
-        **settings,
-    )
-    name = "-".join(filter(None, ("attention-forward", f"D{head_dim}", str(dtype).removeprefix("torch."), rule)))
-    return Variant(name, attention._forward_kernel, arguments)
+    rows = torch.empty(HEADS, ROWS)
+    table = tile_table(layout.starts, layout.lengths, config.block_k if which == "dk-dv" else config.block_q)
+    settings = {"causal": False, "window": None, "softcap": None, "threshold": 0, **RULES.get(rule, {})}
+    seed = torch.zeros(1, dtype=torch.int64) if settings["threshold"] else None
+    settings = triton.Rule(**settings, scale=head_dim**-0.5, seed=seed)
+    if which == "forward":
+        kernel = triton._forward_kernel
+        arguments = triton.forward_arguments(q, k, v, grad, rows, table, config, settings)
+    elif which == "dk-dv":
+        kernel = triton_backward._dk_dv_kernel
+        arguments = triton_backward.dk_dv_arguments(q, k, v, grad, rows, rows, k, v, table, config, settings)
+    else:
+        kernel = triton_backward._dq_kernel
+        arguments = triton_backward.dq_arguments(q, k, v, grad, rows, rows, q, table, config, settings)
+    words = (f"attention-{which}", f"D{head_dim}", str(dtype).removeprefix("torch."), rule)
+    return Variant("-".join(filter(None, words)), kernel, arguments)
 
 
 def main_variants(architecture: str) -> list[Variant]:
     """The configurations most models run, by which the gate is judged."""
-    return [attention_forward(architecture, head_dim) for head_dim in HEAD_DIMS]
+    return [attention(which, architecture, head_dim) for which in PASSES for head_dim in HEAD_DIMS]
 
 
 def all_variants(architecture: str) -> list[Variant]:
     """Every configuration the dispatcher can choose, and every rule at least once."""
-    others = [attention_forward(architecture, head_dim) for head_dim in OTHER_HEAD_DIMS]
-    rules = [attention_forward(architecture, 64, rule=rule) for rule in RULES]
-    dtypes = [attention_forward(architecture, 64, dtype) for dtype in (torch.float16, torch.float32)]
-    return [*main_variants(architecture), *others, *rules, *dtypes]
+    variants = main_variants(architecture)
+    for which in PASSES:
+        variants += [attention(which, architecture, head_dim) for head_dim in OTHER_HEAD_DIMS]
+        variants += [attention(which, architecture, 64, rule=rule) for rule in RULES]
+        variants += [attention(which, architecture, 64, dtype) for dtype in (torch.float16, torch.float32)]
+    return variants

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dispatch import choose_for
 from ..layout import SequenceLayout
+from .blocked import attention_blocked
+from .dropout import Dropout, threshold_of
+from .operator import attention_operator
+from .reference import attention_reference
 
 __all__ = ["attention"]
 
-_WITH_GRADIENT = ("reference", "blocked")
-_WITHOUT_GRADIENT = ("reference", "blocked", "triton")
+_ALL = ("reference", "blocked", "triton")
+_FLOAT64 = ("reference", "blocked")
 
 
 def attention(
@@ -26,6 +31,8 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -42,6 +49,10 @@ def attention(
             |i − j| ≤ window, as transformers' eager and sdpa attention do. flash-attn's window of size n is n − 1 here.
         softcap: logits become softcap · tanh(logits / softcap), as in Gemma 2.
         scale: factor on q·kᵀ; 1/√D if None.
+        dropout_p: each attention weight is dropped with this probability (kept to 1/65536), the rest scaled up. What is
+            dropped depends only on the seed, the sequence's number, head, query and key: it is the same on every
+            backend, and for packed and padded batches.
+        seed: int, or a tensor of one int64, that decides what is dropped; drawn from PyTorch's generator if None.
         return_lse: also return the logarithm of each row's softmax denominator; no gradient flows through it.
         backend: "auto", "reference", "blocked" or "triton".
 
@@ -59,52 +70,37 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_tensors(q, k, v, layout)
-    _check_settings(window, softcap, scale)
+    _check_settings(window, softcap, scale, dropout_p)
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else scale
-    choice = choose_for("attention", backend, q, _implemented(q, k, v)).backend
+    implemented = _FLOAT64 if q.dtype == torch.float64 else _ALL
+    choice = choose_for("attention", backend, q, implemented).backend
     if choice == "triton":
-        out, lse = _attention_op(
-            q, k, v, layout.starts, layout.lengths, causal, -1 if window is None else window, softcap or 0.0, scale
-        )
-        return (out, lse.T) if return_lse else out
-    from .reference import attention_reference
-
-    if choice == "reference":
-        out, lse = attention_reference(q, k, v, layout, causal=causal, window=window, softcap=softcap, scale=scale)
-        return (out, lse.detach()) if return_lse else out
-    from .blocked import attention_blocked
-
-    out = attention_blocked(q, k, v, layout, causal=causal, window=window, softcap=softcap, scale=scale)
-    if not return_lse:
-        return out
-    with torch.no_grad():
-        _, lse = attention_reference(q, k, v, layout, causal=causal, window=window, softcap=softcap, scale=scale)
-    return out, lse
+        seed = _seed_tensor(seed, q.device) if dropout_p else None
+        out, lse = attention_operator(
+            q, k, v, layout.starts, layout.lengths, seed, causal, -1 if window is None else window, softcap or 0.0,
+            scale, threshold_of(dropout_p),
+        )  # fmt: skip
+        return (out, lse.detach().T * math.log(2)) if return_lse else out
+    dropout = Dropout(threshold_of(dropout_p), int(_seed_tensor(seed, "cpu"))) if dropout_p else None
+    settings = {"causal": causal, "window": window, "softcap": softcap, "scale": scale}
+    if choice == "blocked":
+        out = attention_blocked(q, k, v, layout, dropout=dropout, **settings)
+        return (out, _log_sum_exp(q, k, v, layout, settings)) if return_lse else out
+    out, lse = attention_reference(q, k, v, layout, dropout=dropout, **settings)
+    return (out, lse.detach()) if return_lse else out
 
 
-@torch.library.custom_op("llm2vec_fast::attention", mutates_args=())
-def _attention_op(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, causal: bool, window: int, softcap: float,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The Triton path; a window below 0 and a softcap of 0 mean none. → (T, Hq, D), (Hq, T)"""
-    from .triton import attention_forward
-
-    return attention_forward(
-        q, k, v, starts, lengths, causal=causal, window=None if window < 0 else window, softcap=softcap or None,
-        scale=scale,
-    )  # fmt: skip
+@torch.no_grad()
+def _log_sum_exp(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, settings: dict[str, Any]) -> Tensor:
+    """The blocked path does not keep it; who asks for it, to look into a model or to test, pays for a second pass."""
+    return attention_reference(q, k, v, layout, **settings)[1]
 
 
-@_attention_op.register_fake
-def _(q, k, v, starts, lengths, causal, window, softcap, scale):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-def _implemented(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _WITH_GRADIENT
-    return _WITH_GRADIENT if q.dtype == torch.float64 else _WITHOUT_GRADIENT
+def _seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
+    """One int64 on ``device``; a tensor rather than an int, so that torch.compile need not know its value."""
+    if seed is None:
+        return torch.randint(2**62, (1,), device=device)
+    return seed.to(device) if isinstance(seed, Tensor) else torch.tensor([seed], device=device)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> None:
@@ -127,10 +123,12 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> N
         )
 
 
-def _check_settings(window: int | None, softcap: float | None, scale: float | None) -> None:
+def _check_settings(window: int | None, softcap: float | None, scale: float | None, dropout_p: float) -> None:
     if window is not None and window < 0:
         raise ValueError(f"window={window} is negative: pass the number of positions to each side, or None")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap} is not a positive number: pass None for no cap")
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale={scale} is not a positive number: pass None for 1/sqrt(head_dim)")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p} is not a probability below 1: pass 0 for none")

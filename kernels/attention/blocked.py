@@ -1,8 +1,12 @@
 """Attention in plain PyTorch, lean in memory and fast on a CPU.
 
-Sequences of near-equal length share one batched matrix product: a forward pass over 1,500 short texts makes a handful
-of calls a layer instead of 1,500. Each product is cut into blocks of heads and queries so that the scores of a block
-stay in cache and never grow with the square of a text's length.
+Sequences of equal length share one batched matrix product: a forward pass over short texts makes a handful of calls a
+layer instead of one a text. Each product is cut into blocks of queries so that the scores of a block stay in cache and
+never grow with the square of a text's length.
+
+Without gradients only sequences of exactly equal length share a call, so that nothing is padded and a text's result is
+the same to the last bit whatever shares its batch. With gradients, where batches are shuffled and lengths seldom equal,
+sequences of near-equal length are padded into one call.
 """
 
 from __future__ import annotations
@@ -14,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..layout import SequenceLayout
+from .dropout import Dropout
 
 # Scores held at once. On 2 Zen 5 cores 0.5 to 2 MiB ran alike and 8 MiB, past the level-2 caches, half as fast.
 BLOCK_SCORES = 512 * 1024
 QUERY_BLOCK = 256
-# Sequences share a padded call while their shared padding stays below this part of the call.
+# With gradients, sequences share a padded call while padding stays below this part of it, up to this length.
 PADDING_SHARE = 0.15
-# Past this length equal treatment saves nothing: each length runs unpadded.
 PADDED_LENGTH = 512
 
 
@@ -33,6 +37,7 @@ class _Group:
     rows: slice | Tensor
     tokens: Tensor | None  # (tokens,) positions within count·length that are real; None: all of them
     pad_keys: Tensor | None  # (count, 1, 1, length) bool, True on padding; None: none
+    sequences: Tensor  # (count,) their numbers in the layout
 
 
 def attention_blocked(
@@ -45,16 +50,18 @@ def attention_blocked(
     window: int | None,
     softcap: float | None,
     scale: float,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """q (T, Hq, D), k and v (T, Hkv, D) → (T, Hq, D); zeros on rows of no sequence. Differentiable by autograd."""
-    groups = _groups(layout)
-    rule = _Rule(causal, window, softcap, scale)
+    exact = not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+    groups = _groups(layout, exact)
+    rule = _Rule(causal, window, softcap, scale, dropout)
     if len(groups) == 1 and groups[0].rows == slice(0, q.shape[0]):
         return _attend(*(_take(x, groups[0]) for x in (q, k, v)), groups[0], rule).flatten(0, 1)
     outputs = [_real(_attend(*(_take(x, group) for x in (q, k, v)), group, rule), group) for group in groups]
     if not outputs:
         return torch.zeros_like(q) + (q.sum() + k.sum() + v.sum()) * 0
-    rows = _output_rows(layout)
+    rows = _output_rows(layout, exact)
     joined = torch.cat(outputs)
     if layout.total == joined.shape[0]:
         return joined if rows is None else joined.index_select(0, rows)
@@ -69,6 +76,7 @@ class _Rule:
     window: int | None
     softcap: float | None
     scale: float
+    dropout: Dropout | None
 
     def keys(self, first: int, last: int, length: int) -> tuple[int, int]:
         """The key range that queries first … last − 1 can see."""
@@ -96,23 +104,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, group: _Group, rule: _Rule) -> Tens
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     per_step = max(1, BLOCK_SCORES // max(1, q_heads * min(length, QUERY_BLOCK) * length))
     steps = [slice(i, min(count, i + per_step)) for i in range(0, count, per_step)]
-    parts = [_attend_step(q[step], k[step], v[step], _mask_of(group, step), rule) for step in steps]
+    parts = [_attend_step(q[step], k[step], v[step], group, step, rule) for step in steps]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _attend_step(q: Tensor, k: Tensor, v: Tensor, pad_keys: Tensor | None, rule: _Rule) -> Tensor:
+def _attend_step(q: Tensor, k: Tensor, v: Tensor, group: _Group, step: slice, rule: _Rule) -> Tensor:
     """q (n, Hkv, g, L, D), k and v (n, Hkv, L, D) → (n, L, Hkv·g, D), a block of queries at a time."""
     length = q.shape[3]
     if length <= QUERY_BLOCK:
-        return _attend_block(q, k, v, pad_keys, rule, 0)
+        return _attend_block(q, k, v, group, step, rule, 0)
     blocks = [
-        _attend_block(q[:, :, :, first : first + QUERY_BLOCK], k, v, pad_keys, rule, first)
+        _attend_block(q[:, :, :, first : first + QUERY_BLOCK], k, v, group, step, rule, first)
         for first in range(0, length, QUERY_BLOCK)
     ]
     return torch.cat(blocks, dim=1)
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, pad_keys: Tensor | None, rule: _Rule, first: int) -> Tensor:
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, group: _Group, step: slice, rule: _Rule, first: int) -> Tensor:
     """Queries ``first`` … of each sequence against every key they can see."""
     count, kv_heads, shared, queries, width = q.shape
     low, high = rule.keys(first, first + queries, k.shape[2])
@@ -125,10 +133,17 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, pad_keys: Tensor | None, rule
     hidden = rule.hidden(first, first + queries, low, high, q.device)
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
-    if pad_keys is not None:
-        scores = scores.masked_fill(pad_keys[..., low:high], float("-inf"))
-    weights = torch.softmax(scores, dim=-1).view(count * kv_heads, shared * queries, high - low)
-    out = torch.bmm(weights, v).view(count, kv_heads, shared, queries, width)
+    if group.pad_keys is not None:
+        scores = scores.masked_fill(group.pad_keys[step, ..., low:high], float("-inf"))
+    weights = torch.softmax(scores, dim=-1)
+    if rule.dropout is not None:
+        heads = torch.arange(kv_heads * shared, device=q.device)
+        positions = torch.arange(first, first + queries, device=q.device)
+        factors = rule.dropout.factors(group.sequences[step], heads, positions, low, high)
+        weights = weights * factors.to(weights.dtype)
+    out = torch.bmm(weights.view(count * kv_heads, shared * queries, high - low), v).view(
+        count, kv_heads, shared, queries, width
+    )
     return out.permute(0, 3, 1, 2, 4).reshape(count, queries, kv_heads * shared, width)
 
 
@@ -142,25 +157,21 @@ def _real(out: Tensor, group: _Group) -> Tensor:
     return flat if group.tokens is None else flat.index_select(0, group.tokens)
 
 
-def _mask_of(group: _Group, step: slice) -> Tensor | None:
-    return None if group.pad_keys is None else group.pad_keys[step]
-
-
 @lru_cache(maxsize=8)
-def _groups(layout: SequenceLayout) -> tuple[_Group, ...]:
+def _groups(layout: SequenceLayout, exact: bool) -> tuple[_Group, ...]:
     """Made once a layout: every layer of a forward pass asks with the same one."""
-    return tuple(_make_group(layout, members) for members in _members(layout))
+    return tuple(_make_group(layout, members) for members in _members(layout, exact))
 
 
 @lru_cache(maxsize=8)
-def _output_rows(layout: SequenceLayout) -> Tensor | None:
+def _output_rows(layout: SequenceLayout, exact: bool) -> Tensor | None:
     """Where the groups' outputs, joined, belong; None where they already are in order.
 
     For a packed batch the inverse permutation (a gather is faster than a scatter), else the target rows.
     """
     starts, lengths = layout.starts.tolist(), layout.lengths.tolist()
     targets = torch.cat(
-        [torch.arange(starts[i], starts[i] + lengths[i]) for members in _members(layout) for i in members]
+        [torch.arange(starts[i], starts[i] + lengths[i]) for members in _members(layout, exact) for i in members]
     )
     if targets.numel() < layout.total:
         return targets.to(layout.device)
@@ -170,14 +181,16 @@ def _output_rows(layout: SequenceLayout) -> Tensor | None:
 
 
 @lru_cache(maxsize=8)
-def _members(layout: SequenceLayout) -> tuple[tuple[int, ...], ...]:
-    """Sequence numbers by group: longest first, near-equal lengths together, empty sequences left out."""
+def _members(layout: SequenceLayout, exact: bool) -> tuple[tuple[int, ...], ...]:
+    """Sequence numbers by group: longest first, equal or near-equal lengths together, empty sequences left out."""
     lengths = layout.lengths.tolist()
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
     tokens = 0
     for i in order:
-        if groups and _joins(lengths[groups[-1][0]], len(groups[-1]) + 1, tokens + lengths[i], lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        padded = not exact and _may_pad(longest, len(groups[-1]) + 1 if groups else 1, tokens + lengths[i])
+        if groups and (lengths[i] == longest or padded):
             groups[-1].append(i)
             tokens += lengths[i]
         else:
@@ -186,22 +199,21 @@ def _members(layout: SequenceLayout) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted(group)) for group in groups)
 
 
-def _joins(longest: int, count: int, tokens: int, length: int) -> bool:
-    if length == longest:
-        return True
+def _may_pad(longest: int, count: int, tokens: int) -> bool:
     return longest <= PADDED_LENGTH and count * longest - tokens <= PADDING_SHARE * count * longest
 
 
 def _make_group(layout: SequenceLayout, members: tuple[int, ...]) -> _Group:
-    starts = torch.tensor([layout.starts.tolist()[i] for i in members])
-    lengths = torch.tensor([layout.lengths.tolist()[i] for i in members])
+    sequences = torch.tensor(members)
+    starts, lengths = layout.starts.cpu().long()[sequences], layout.lengths.cpu().long()[sequences]
+    sequences = sequences.to(layout.device)
     count, longest = len(members), int(lengths.max())
     if int(lengths.min()) == longest:
         first = int(starts[0])
         if torch.equal(starts, first + torch.arange(count) * longest):
-            return _Group(count, longest, slice(first, first + count * longest), None, None)
+            return _Group(count, longest, slice(first, first + count * longest), None, None, sequences)
         rows = (starts[:, None] + torch.arange(longest)).flatten()
-        return _Group(count, longest, rows.to(layout.device), None, None)
+        return _Group(count, longest, rows.to(layout.device), None, None, sequences)
     positions = torch.arange(longest)
     real = positions < lengths[:, None]
     rows = starts[:, None] + positions.minimum(lengths[:, None] - 1)  # padding repeats the last token
@@ -211,4 +223,5 @@ def _make_group(layout: SequenceLayout, members: tuple[int, ...]) -> _Group:
         rows.flatten().to(layout.device),
         real.flatten().nonzero().flatten().to(layout.device),
         ~real[:, None, None, :].to(layout.device),
+        sequences,
     )

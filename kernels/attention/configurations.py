@@ -19,6 +19,15 @@ class Configuration:
     warps: int
     stages: int
 
+    def arguments(self) -> dict[str, int]:
+        """As a kernel's launch takes them, by name."""
+        return {
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
 
 def block_d(head_dim: int) -> int:
     """The head size as the tile sees it: a power of two that a matrix instruction takes."""
@@ -36,6 +45,28 @@ def forward(head_dim: int, dtype: torch.dtype, architecture: str) -> Configurati
     if width == 128:
         return Configuration(128, 64, 8, 2)
     return Configuration(64, 32, 4, 2)
+
+
+@cache
+def backward_keys(head_dim: int, dtype: torch.dtype, architecture: str) -> Configuration:
+    """How the dK and dV kernel is launched."""
+    width = block_d(head_dim)
+    if dtype == torch.float32:
+        return Configuration(32, 32, 4, 1)
+    if width <= 128:
+        return Configuration(64, 64, 4, 2)
+    return Configuration(32, 32, 4, 1)
+
+
+@cache
+def backward_queries(head_dim: int, dtype: torch.dtype, architecture: str) -> Configuration:
+    """How the dQ kernel is launched."""
+    width = block_d(head_dim)
+    if dtype == torch.float32:
+        return Configuration(32, 32, 4, 1)
+    if width <= 128:
+        return Configuration(64, 64, 4, 2)
+    return Configuration(32, 32, 4, 1)
 
 
 @cache

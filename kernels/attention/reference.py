@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layout import SequenceLayout
+from .dropout import Dropout
 
 
 def attention_reference(
@@ -18,12 +19,13 @@ def attention_reference(
     window: int | None,
     softcap: float | None,
     scale: float,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One sequence after the other → output (T, Hq, D) and log-sum-exp (T, Hq); rows in no sequence hold 0 and −inf."""
     group = q.shape[1] // k.shape[1]
     outputs = [q[:0] + (k[:0] + v[:0]).repeat_interleave(group, dim=1)]  # no sequences, but still a gradient
     sums = [q.new_empty((0, q.shape[1]), dtype=_accumulator(q.dtype))]
-    for start, length in zip(layout.starts.tolist(), layout.lengths.tolist(), strict=True):
+    for i, (start, length) in enumerate(zip(layout.starts.tolist(), layout.lengths.tolist(), strict=True)):
         rows = slice(start, start + length)
         b_k, b_v = (x[rows].repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[rows], b_k) * scale
@@ -31,6 +33,9 @@ def attention_reference(
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible(length, causal, window, q.device), float("-inf"))
         weights = scores.softmax(-1, dtype=_accumulator(q.dtype)).to(q.dtype)
+        if dropout is not None:
+            heads, positions = (torch.arange(n, device=q.device) for n in (q.shape[1], length))
+            weights = weights * dropout.factors(positions.new_tensor([i]), heads, positions, 0, length)[0].to(q.dtype)
         outputs.append(torch.einsum("hqk,khd->qhd", weights, b_v))
         sums.append(scores.to(_accumulator(q.dtype)).logsumexp(-1).T)
     out = torch.zeros_like(q).index_copy(0, layout.rows, torch.cat(outputs))

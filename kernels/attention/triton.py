@@ -8,6 +8,7 @@ the others (the tail, the edges of a window or of the causal triangle) are maske
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import TileTable, tile_table
-from . import configurations
+from ..tiles import FIELDS, TileTable, tile_table
+from . import configurations, dropout
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+DROPOUT_ROUNDS = tl.constexpr(dropout.ROUNDS)
 # A point that float32 holds exactly, as it does (to 1e-9) its tanh.
 MIDDLE = tl.constexpr(0.783203125)
 TANH_MIDDLE = tl.constexpr(0.6545413742720325)
+TILE_FIELDS = tl.constexpr(FIELDS)
 # A running maximum that starts finite never meets −inf − −inf, so a row whose first tiles are all masked needs no care.
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -78,6 +80,20 @@ def _visible(o_q, o_k, length, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.cons
 
 
 @triton.jit
+def _kept(seed, threshold, sequence, head, o_q, first_k, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which weights dropout keeps, as `dropout.Dropout.factors` defines it: eight keys a counter. → [BQ, BK] bool."""
+    o_word = first_k // 8 + tl.arange(0, BLOCK_K // 8)
+    zero = o_q[:, None] * 0 + o_word[None, :] * 0
+    # [BLOCK_Q, BLOCK_K // 8]
+    b_0, b_1, b_2, b_3 = tl.philox(seed, o_q[:, None] + zero, o_word[None, :] + zero, head.to(tl.int32) + zero,
+                                   sequence + zero, DROPOUT_ROUNDS)  # fmt: skip
+    # Words lie 0, 1, 2, 3 along the keys; each gives its low, then its high half.
+    b_words = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
+    m_kept = tl.join((b_words & 0xFFFF) >= threshold, (b_words >> 16) >= threshold)
+    return tl.reshape(m_kept, [BLOCK_Q, BLOCK_K])
+
+
+@triton.jit
 def _key_range(first_q, length, window, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
                HAS_WINDOW: tl.constexpr):  # fmt: skip
     """Keys that a tile of queries needs: [low, high), of which [full_low, full_high) need no mask. Multiples of BLOCK_K
@@ -116,9 +132,11 @@ def _load_rows(p_rows, stride, o_row, o_d, m_row, ROWS_MASKED: tl.constexpr, HEA
 
 
 @triton.jit
-def _attend(b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, o_q, o_d, length, window, scale, softcap,
+def _attend(b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, o_q, o_d,
+            length, window, scale, softcap, random,
             MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-            PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+            HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+            BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Add the keys first_k … first_k + BLOCK_K to the running softmax. p_k, p_v point at the sequence's first row."""
     o_k = tl.arange(0, BLOCK_K)
     m_k = first_k + o_k < length
@@ -136,21 +154,25 @@ def _attend(b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, o_q
     b_p = tl.exp2(tl.fma(b_s, factor, -b_new_max[:, None]))
     b_shrink = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+    if HAS_DROPOUT:
+        seed, threshold, _gain, sequence, head = random
+        b_p = tl.where(_kept(seed, threshold, sequence, head, o_q, first_k, BLOCK_Q, BLOCK_K), b_p, 0.0)
     # [BLOCK_K, BLOCK_D]
     b_v = _load_rows(p_v + row * stride_v, stride_v, o_k, o_d, m_k, MASKED, HEAD_DIM, BLOCK_D)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION)
     return b_acc, b_sum, b_new_max
 
 
-@triton.jit(do_not_specialize=["window", "rows"])
-def _forward_kernel(p_q, p_k, p_v, p_out, p_lse, p_tiles,
+@triton.jit(do_not_specialize=["window", "rows", "threshold"])
+def _forward_kernel(p_q, p_k, p_v, p_out, p_lse, p_tiles, p_seed,
                     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh,
-                    rows, window, scale, softcap,
+                    rows, window, scale, softcap, threshold, gain,
                     GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                    BLOCK_D: tl.constexpr):  # fmt: skip
-    """One program: a tile of queries of one sequence and one head. Writes out (T, Hq, D) and lse (Hq, T)."""
-    p_tile = p_tiles + tl.program_id(0) * 4
+                    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+                    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """One program: a tile of queries of one sequence and one head. Writes out (T, Hq, D) and lse (Hq, T), to base 2."""
+    p_tile = p_tiles + tl.program_id(0) * TILE_FIELDS
+    sequence = tl.load(p_tile)
     first_q = tl.load(p_tile + 1)
     start = tl.load(p_tile + 2).to(tl.int64)
     length = tl.load(p_tile + 3)
@@ -168,42 +190,71 @@ def _forward_kernel(p_q, p_k, p_v, p_out, p_lse, p_tiles,
     b_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     b_max = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
 
+    random = (0, 0, 0, 0, 0)
+    if HAS_DROPOUT:
+        random = (tl.load(p_seed), threshold, gain, sequence, head)
     low, full_low, full_high, high = _key_range(first_q, length, window, BLOCK_Q, BLOCK_K, CAUSAL, HAS_WINDOW)
     for first_k in range(full_low, full_high, BLOCK_K):
-        b_acc, b_sum, b_max = _attend(b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, first_q + o_q,
-                                      o_d, length, window, scale, softcap, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
-                                      PRECISION, HEAD_DIM, BLOCK_K, BLOCK_D)  # fmt: skip
+        b_acc, b_sum, b_max = _attend(
+            b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, first_q + o_q, o_d,
+            length, window, scale, softcap, random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D)  # fmt: skip
     # The masked tiles before and after the full ones in one loop: a second copy of the code would cost registers.
     skipped = full_high - full_low
     for step in range(low, high - skipped, BLOCK_K):
         first_k = step + skipped
         if HAS_WINDOW:
             first_k = tl.where(step < full_low, step, first_k)
-        b_acc, b_sum, b_max = _attend(b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, first_q + o_q,
-                                      o_d, length, window, scale, softcap, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
-                                      PRECISION, HEAD_DIM, BLOCK_K, BLOCK_D)  # fmt: skip
+        b_acc, b_sum, b_max = _attend(
+            b_acc, b_sum, b_max, b_q, p_k, p_v, stride_k, stride_v, first_k, first_q + o_q, o_d,
+            length, window, scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D)  # fmt: skip
 
     b_sum = tl.where(m_q, b_sum, 1.0)  # queries past the end may have seen no key
     b_out = b_acc / b_sum[:, None]
+    if HAS_DROPOUT:
+        b_out *= gain
     p_out += (start + first_q) * stride_o + head * stride_oh
     m_out = m_q[:, None] & (o_d < HEAD_DIM)[None, :]
     tl.store(p_out + o_q[:, None] * stride_o + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
-    tl.store(p_lse + head * rows + start + first_q + o_q, (b_max + tl.log2(b_sum)) * LN_2, mask=m_q)
+    tl.store(p_lse + head * rows + start + first_q + o_q, b_max + tl.log2(b_sum), mask=m_q)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which keys a query sees, how its logits are made, and what is dropped: the same forward and backward."""
+
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+    threshold: int  # dropout probability in 65536ths; 0: none
+    seed: Tensor | None  # one int64 on the device; None without dropout
+
+    def arguments(self, q: Tensor, k: Tensor) -> dict[str, Any]:
+        """What every kernel is told, by name."""
+        return {
+            "p_seed": self.seed,
+            "window": self.window or 0,
+            "scale": self.scale,
+            "softcap": self.softcap or 1.0,
+            "threshold": self.threshold,
+            "gain": dropout.gain_of(self.threshold),
+            "GROUP": q.shape[1] // k.shape[1],
+            "CAUSAL": self.causal,
+            "HAS_WINDOW": self.window is not None,
+            "HAS_SOFTCAP": self.softcap is not None,
+            "HAS_DROPOUT": self.threshold > 0,
+            "PRECISION": _precision(q),
+            "HEAD_DIM": q.shape[2],
+            "BLOCK_D": configurations.block_d(q.shape[2]),
+        }
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    *,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, Hq, D) and log-sum-exp (Hq, T) float32 by the Triton kernel; rows in no sequence hold 0 and −inf."""
+    """Output (T, Hq, D) and log-sum-exp to base 2 (Hq, T) float32; rows in no sequence hold 0 and −inf."""
     rows, heads, head_dim = q.shape
     config = configurations.forward(head_dim, q.dtype, configurations.architecture_of(q.device))
     table = tile_table(starts, lengths, config.block_q)
@@ -212,11 +263,9 @@ def attention_forward(
     lse = q.new_empty((heads, rows), dtype=torch.float32)
     if padded:
         lse.fill_(float("-inf"))
-    if table.count == 0:
-        return out, lse
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    arguments = forward_arguments(q, k, v, out, lse, table, config, causal, window, softcap, scale)
-    _forward_kernel[(table.count, heads)](**arguments)
+    if table.count > 0:
+        q, k, v = (readable(x) for x in (q, k, v))
+        _forward_kernel[(table.count, heads)](**forward_arguments(q, k, v, out, lse, table, config, rule))
     return out, lse
 
 
@@ -228,22 +277,24 @@ def forward_arguments(
     lse: Tensor,
     table: TileTable,
     config: configurations.Configuration,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
+    rule: Rule,
 ) -> dict[str, Any]:
     """What `_forward_kernel` is launched with, by name; the ahead-of-time report compiles the same."""
-    strides = {f"stride_{name}": x.stride(0) for name, x in zip("qkvo", (q, k, v, out), strict=True)}
-    head_strides = {f"stride_{name}h": x.stride(1) for name, x in zip("qkvo", (q, k, v, out), strict=True)}
     return {
-        "p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_tiles": table.rows, **strides, **head_strides,
-        "rows": q.shape[0], "window": window or 0, "scale": scale, "softcap": softcap or 1.0,
-        "GROUP": q.shape[1] // k.shape[1], "CAUSAL": causal, "HAS_WINDOW": window is not None,
-        "HAS_SOFTCAP": softcap is not None, "PRECISION": _precision(q), "HEAD_DIM": q.shape[2],
-        "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k, "BLOCK_D": configurations.block_d(q.shape[2]),
-        "num_warps": config.warps, "num_stages": config.stages,
+        "p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_tiles": table.rows, "rows": q.shape[0],
+        **strides(q=q, k=k, v=v, o=out), **rule.arguments(q, k), **config.arguments(),
     }  # fmt: skip
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """stride_x and stride_xh, the strides of a row and of a head, for every tensor (rows, heads, D) passed as x=…"""
+    rows = {f"stride_{name}": x.stride(0) for name, x in tensors.items()}
+    return rows | {f"stride_{name}h": x.stride(1) for name, x in tensors.items()}
+
+
+def readable(x: Tensor) -> Tensor:
+    """The tensor itself, whatever its row and head strides; a copy only where elements of a head do not touch."""
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _precision(q: Tensor) -> str:

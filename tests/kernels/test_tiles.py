@@ -20,7 +20,7 @@ def test_every_position_lies_in_exactly_one_tile(lengths, block):
     table = _table(layout, block)
     covered = [
         (sequence, position)
-        for sequence, first, start, length in table.rows.tolist()
+        for sequence, first, start, length, _ in table.rows.tolist()
         for position in range(first, min(first + block, length))
         if (start, length) == (int(layout.starts[sequence]), lengths[sequence])
     ]

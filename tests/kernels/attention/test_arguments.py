@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llm2vec_fast.kernels.attention import attention
+from llm2vec_fast.kernels.dispatch import BackendUnavailableError
 from llm2vec_fast.kernels.layout import SequenceLayout
 
 
@@ -43,6 +44,8 @@ def test_mixed_dtypes_and_devices_are_refused():
         ({"softcap": float("inf")}, "softcap=inf"),
         ({"scale": 0.0}, "scale=0.0 is not a positive number"),
         ({"scale": float("nan")}, "scale=nan"),
+        ({"dropout_p": 1.0}, "dropout_p=1.0 is not a probability below 1"),
+        ({"dropout_p": -0.1}, "dropout_p=-0.1"),
         ({"backend": "flash"}, "backend='flash' is unknown"),
     ],
 )
@@ -57,3 +60,8 @@ def test_autocast_decides_the_dtype(backend):
     with torch.autocast("cpu", dtype=torch.float16):
         out = attention(q, k.half(), v, SequenceLayout.from_lengths([6]), backend=backend)
     assert out.dtype == torch.float16
+
+
+def test_float64_on_triton_is_refused():
+    with pytest.raises(BackendUnavailableError, match="no 'triton' implementation for this call"):
+        attention(*_tensors(dtype=torch.float64), SequenceLayout.from_lengths([6]), backend="triton")

@@ -5,21 +5,23 @@ import torch
 from attention_cases import LAYOUTS, Case, make_layout, three_ways
 from numerics import GRADIENT_FACTOR, assert_error_within
 
-from llm2vec_fast.kernels.attention import attention
+from llm2vec_fast.kernels.attention import attention, configurations
 
 LENGTHS = (70, 0, 1, 129)
+DROPOUT = {"dropout_p": 0.3, "seed": 5}
 CASES = [
     *(Case(LENGTHS, heads=4, kv_heads=2, layout=layout, settings={"window": 20}) for layout in LAYOUTS),
-    *(Case(LENGTHS, layout=layout) for layout in LAYOUTS),
+    *(Case((33, 0, 1, 65), layout=layout) for layout in LAYOUTS),
     *(Case((40, 9), heads=heads, kv_heads=1) for heads in (3, 8)),
-    *(Case((70, 3), head_dim=size) for size in (16, 40, 64, 80, 128, 256)),
-    *(Case(LENGTHS, settings={"causal": True, "window": window}) for window in (None, 0, 40)),
+    *(Case((70, 3), head_dim=size) for size in (16, 40, 80, 256)),
+    *(Case(LENGTHS, settings={"causal": True, "window": window}) for window in (None, 1, 40)),
     Case(LENGTHS, heads=4, kv_heads=2, settings={"softcap": 2.0, "window": 50, "scale": 0.5}),
-    Case((64, 128)),
+    Case((64, 128), settings=DROPOUT),
+    Case(LENGTHS, heads=4, layout="left", settings={**DROPOUT, "causal": True, "window": 20}),
     Case((0,)),
     Case(()),
 ]
-DTYPES = {"blocked": (torch.float32, torch.bfloat16)}
+DTYPES = {"triton": (torch.float32, torch.float16), "blocked": (torch.float32, torch.bfloat16)}
 BACKENDS = [
     pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
     for backend, dtypes in DTYPES.items()
@@ -53,7 +55,44 @@ def test_gradcheck_in_float64(backend, layout):
     )
 
 
-@pytest.mark.parametrize("backend", ["blocked"])
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 × 16, so that short texts pass through every loop of the kernels."""
+    for name in ("forward", "backward_keys", "backward_queries"):
+        monkeypatch.setattr(configurations, name, lambda *_: configurations.Configuration(16, 16, 4, 2))
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 20}, {"causal": True}, {"causal": True, "window": 20}], ids=str)
+def test_every_loop_of_the_kernels_with_small_tiles(small_tiles, rule):
+    case = Case((70, 1, 16), 2, 1, 16, "both", rule)
+    for name, *results in zip(
+        ("dq", "dk", "dv"), *three_ways(case, torch.float32, "triton", call=gradients), strict=True
+    ):
+        assert_error_within(*results, factor=GRADIENT_FACTOR, name=name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
+def test_gradients_where_every_logit_is_very_negative(backend):
+    case = Case((40, 70), head_dim=16, settings={"scale": 100.0})
+    q, k, v = case.inputs(torch.float32)
+    q, k = q * 0.1, k * 0.1
+    q[..., 0], k[..., 0] = 100, -0.03  # logits of −300: without care the zero keys past the end would weigh e^300
+    results = three_ways(case, torch.float32, backend, (q, k, v), call=gradients)
+    for name, *three in zip(("dq", "dk", "dv"), *results, strict=True):
+        assert_error_within(*three, factor=GRADIENT_FACTOR, name=name)
+
+
+@pytest.mark.parametrize("rule", [{}, DROPOUT], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
+def test_two_backward_passes_give_the_same_bits(backend, rule):
+    case = Case((70, 20), heads=4, kv_heads=2)
+    first, second = (
+        gradients(*case.inputs(torch.float32), case.sequence_layout(), backend=backend, **rule) for _ in range(2)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
 def test_a_broken_text_leaves_the_gradients_of_its_neighbours_alone(backend):
     case = Case((40, 70, 3))
     layout = case.sequence_layout()
