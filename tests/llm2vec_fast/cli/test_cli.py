@@ -167,33 +167,49 @@ def test_an_unexpected_error_is_a_sentence_and_with_debug_a_traceback(
     ids=["no-folder", "empty-folder", "broken-config", "broken-weights", "pickle-only"],
 )
 def test_a_model_that_cannot_be_loaded_is_one_sentence(
-    tmp_path: Path, files: dict[str, str | bytes] | None, words: str
+    invoke: Callable[..., Result], tmp_path: Path, files: dict[str, str | bytes] | None, words: str
 ) -> None:
     (tmp_path / "a.txt").write_text("text\n")
     if files is not None:
         (tmp_path / "broken").mkdir()
         for name, content in files.items():
             (tmp_path / "broken" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    result = real("embed", tmp_path / "a.txt", "-m", tmp_path / "broken", "-o", tmp_path / "out", HF_HUB_OFFLINE="1")
+    result = invoke("embed", tmp_path / "a.txt", "-m", tmp_path / "broken", "-o", tmp_path / "out")
     assert_one_sentence(result, str(tmp_path / "broken"), words)
 
 
-def test_doctor_tells_versions_devices_and_choices_with_reasons() -> None:
-    report = json.loads(real("doctor", "--json").stdout)
+def test_doctor_tells_versions_devices_and_choices_with_reasons(invoke: Callable[..., Result]) -> None:
+    report = json.loads(invoke("doctor", "--json").stdout)
     assert report["versions"]["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     assert "threads" in report["devices"]["cpu"]
     assert report["backends"]["attention on cpu"]["chosen"] == "blocked"
     assert report["backends"]["attention on cpu"]["why"]
     assert report["dtype auto"]["cpu"]["chosen"] in ("float32", "bfloat16")
     assert report["dtype auto"]["cpu"]["why"]
-    as_table = real("doctor")
+    as_table = invoke("doctor")
     assert as_table.returncode == 0
     assert report["dtype auto"]["cpu"]["why"].split()[0] in as_table.stdout
 
 
-def test_doctor_shows_a_backend_chosen_by_the_environment() -> None:
-    report = json.loads(real("doctor", "--json", LLM2VEC_FAST_BACKEND="reference").stdout)
+def test_doctor_shows_a_backend_chosen_by_the_environment(
+    invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM2VEC_FAST_BACKEND", "reference")
+    report = json.loads(invoke("doctor", "--json").stdout)
     assert report["backends"]["attention on cpu"] == {
         "chosen": "reference",
         "why": "asked for by LLM2VEC_FAST_BACKEND",
     }
+
+
+def test_doctor_runs_as_a_command_of_its_own() -> None:
+    result = real("doctor")
+    assert result.returncode == 0, result.stderr
+    assert "backends" in result.stdout
+
+
+def test_a_device_that_is_not_there_is_one_sentence(invoke: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text\n")
+    checkpoint = REPOSITORY / "tests" / "data" / "reference" / "llama"
+    result = invoke("embed", tmp_path / "a.txt", "-m", checkpoint, "-o", tmp_path / "out", "--device", "warp:9")
+    assert_one_sentence(result, "device warp:9 cannot be used", "doctor")

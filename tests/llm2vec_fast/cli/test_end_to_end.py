@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from folders import embeddings, errors, ids, manifest, parts
 
-REPOSITORY = Path(__file__).parents[3]
-CHECKPOINTS = REPOSITORY / "tests" / "data" / "reference"
+from llm2vec_fast import LLM2Vec
+
+Result = subprocess.CompletedProcess[str]
+Command = Callable[..., Result]
+CHECKPOINTS = Path(__file__).parents[2] / "data" / "reference"
 TEXTS = [f"{'a long tail of words ' * (number % 9)}and the number {number}" for number in range(60)]
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "llm2vec_fast", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert result.returncode == 0, result.stderr
-    return result
+@pytest.fixture
+def command(invoke: Command) -> Command:
+    """A command that must succeed."""
+
+    def command(*arguments: object) -> Result:
+        result = invoke(*arguments)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return command
 
 
 @pytest.fixture
@@ -47,10 +49,8 @@ def corpus(tmp_path: Path) -> Path:
     ids=["default", "causal-last", "adapter", "short"],
 )
 def test_embed_writes_what_encode_returns(
-    corpus: Path, tmp_path: Path, options: list[object], settings: dict[str, object]
+    command: Command, corpus: Path, tmp_path: Path, options: list[object], settings: dict[str, object]
 ) -> None:
-    from llm2vec_fast import LLM2Vec
-
     out = tmp_path / "out"
     job = ["--model", CHECKPOINTS / "llama", "--output", out, "--dtype", "float32", "--id-column", "key"]
     common = ["--instruction", "Find it: ", "--normalize", "--rows-per-shard", "25"]
@@ -61,7 +61,9 @@ def test_embed_writes_what_encode_returns(
     np.testing.assert_allclose(embeddings(out), expected, atol=1e-4)  # the bound of the reference arrays
 
 
-def test_search_finds_a_text_by_itself_with_the_settings_of_the_folder(corpus: Path, tmp_path: Path) -> None:
+def test_search_finds_a_text_by_itself_with_the_settings_of_the_folder(
+    command: Command, corpus: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     job = ["--model", CHECKPOINTS / "mistral", "--output", out, "--adapter", CHECKPOINTS / "mistral-lora"]
     command("embed", corpus, *job, "--pooling", "weighted_mean", "--keep-columns", "text", "--dtype", "float32")
@@ -72,7 +74,7 @@ def test_search_finds_a_text_by_itself_with_the_settings_of_the_folder(corpus: P
     assert all(hits[0]["score"] > 1 - 1e-4 > hits[1]["score"] for hits in answers)
 
 
-def test_a_job_that_lost_its_last_parts_ends_with_the_same_bits(corpus: Path, tmp_path: Path) -> None:
+def test_a_job_that_lost_its_last_parts_ends_with_the_same_bits(command: Command, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = ["embed", corpus, "--model", CHECKPOINTS / "llama", "--output", out, "--rows-per-shard", "10"]
     command(*job)
@@ -84,7 +86,7 @@ def test_a_job_that_lost_its_last_parts_ends_with_the_same_bits(corpus: Path, tm
     assert manifest(out)["resolved"]["dtype"] in ("float32", "bfloat16")
 
 
-def test_a_text_of_a_million_characters_and_odd_ones_are_embedded(tmp_path: Path) -> None:
+def test_a_text_of_a_million_characters_and_odd_ones_are_embedded(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     texts = ["x" * 1_000_000, "word " * 200_000, "\x00", "🙂" * 1000, "<s></s>", "\u202e\u0301"]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
