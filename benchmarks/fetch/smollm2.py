@@ -126,7 +126,8 @@ def _convert(gguf: Path, into: Path) -> None:
     dequantised = {} if config is None else {"quantization_config": config(dequantize=True)}
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, **dequantised)
     model.to(torch.bfloat16).save_pretrained(into)
-    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(into)
+    # AutoTokenizer of transformers 5.2 takes a Llama in a GGUF file for a CodeLlama, whose texts begin with a token.
+    transformers.PreTrainedTokenizerFast.from_pretrained(**source).save_pretrained(into)
 
 
 def main() -> None:
