@@ -26,7 +26,6 @@ from .errors import ModelLoadError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "llm2vec_config.json"
-_READ_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 @dataclass
@@ -63,6 +62,7 @@ def load(
         ModelLoadError: something is missing, damaged, or stored as pickle.
     """
     base = str(base)
+    _refuse_missing_path(base)
     trust = {"trust_remote_code": trust_remote_code}
     first_adapter = None if _is_gguf(base) or not _has_adapter(base) else base
     source = _base_of(base) if first_adapter else base
@@ -85,7 +85,7 @@ def _load_base(source: str, **kwargs: Any) -> PreTrainedModel:
     try:
         with _quiet():
             model, found = AutoModel.from_pretrained(**where, output_loading_info=True, **kwargs)
-    except _READ_ERRORS as error:
+    except Exception as error:  # the readers of damaged files raise anything
         raise ModelLoadError(f"the model {source} cannot be loaded: {_one_line(error)}") from error
     if found["missing_keys"]:
         names = sorted(found["missing_keys"])
@@ -103,7 +103,7 @@ def _load_tokenizer(*sources: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         where.pop("quantization_config", None)
         try:
             return AutoTokenizer.from_pretrained(**where, **kwargs)
-        except _READ_ERRORS as error:
+        except Exception as error:  # the readers of damaged files raise anything
             problem = error
     raise ModelLoadError(f"the tokenizer of {sources[-1]} cannot be loaded: {_one_line(problem)}") from problem
 
@@ -114,8 +114,6 @@ def _is_gguf(source: str) -> bool:
 
 def _gguf_arguments(source: str) -> dict[str, Any]:
     path = Path(source)
-    if not path.is_file():
-        raise ModelLoadError(f"the GGUF file {source} does not exist: check the path")
     if importlib.util.find_spec("gguf") is None:
         raise ModelLoadError("reading a GGUF file needs the package gguf: pip install 'llm2vec-fast[gguf]'")
     arguments: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -126,11 +124,17 @@ def _gguf_arguments(source: str) -> dict[str, Any]:
     return arguments
 
 
+def _refuse_missing_path(source: str) -> None:
+    """What can only be a path is not looked for on a hub."""
+    looks_like_a_path = Path(source).is_absolute() or source.startswith((".", "~")) or _is_gguf(source)
+    if looks_like_a_path and not Path(source).exists():
+        kind = "GGUF file" if _is_gguf(source) else "model folder"
+        raise ModelLoadError(f"the {kind} {source} does not exist: check the path")
+
+
 def _refuse_unusable_folder(source: str) -> None:
     folder = Path(source)
     if not folder.is_dir():
-        if folder.is_absolute() or source.startswith((".", "~")):
-            raise ModelLoadError(f"the model folder {source} does not exist: check the path")
         return
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"the model folder {source} has no config.json: it is not a transformers model")
@@ -189,7 +193,7 @@ def _adapter_config(adapter: str, base: str) -> PeftConfig:
         raise ModelLoadError(f"the adapter {adapter} has no {ADAPTER_CONFIG}: pass the folder that holds it")
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except (*_READ_ERRORS, TypeError) as error:
+    except Exception as error:
         raise ModelLoadError(f"the adapter {adapter} cannot be read: {_one_line(error)}") from error
     config.inference_mode = True
     config.base_model_name_or_path = base  # which may have moved since
@@ -229,13 +233,16 @@ def _find(source: str, name: str) -> str | None:
         return str(path) if path.is_file() else None
     if Path(source).exists():
         return None
-    return cached_file(
-        source,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        return cached_file(
+            source,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise ModelLoadError(f"{source} is neither a folder here nor the name of a model on the hub") from error
 
 
 def _read_json(source: str, name: str) -> dict[str, Any] | None:
