@@ -36,7 +36,7 @@ bench: install model ## measure encoding against its peers, in one run
 
 demo: install demo/docstrings.jsonl demo/model ## embed 10,000 real texts with a real model, then ask questions
 	$(BIN)/llm2vec-fast embed demo/docstrings.jsonl --model demo/model --output demo/embeddings \
-	  --id-column id --text-column text --keep-columns text --normalize
+	  --id-column id --text-column text --keep-columns text --normalize --rows-per-shard 1024
 	$(BIN)/llm2vec-fast search demo/embeddings --top-k 5 \
 	  "read rows of a csv file" "run a command in another process and read its output" "turn an object into json"
 
