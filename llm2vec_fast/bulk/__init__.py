@@ -1,0 +1,1 @@
+"""Corpora in, folders of embeddings out, and search over such folders."""

@@ -5,166 +5,37 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
+from llm2vec_fast.cli import embed_options as option
 from llm2vec_fast.cli.stopping import stop_on_signals
 
 if TYPE_CHECKING:
     from llm2vec_fast.bulk.job import JobStoppedError, Outcome
 
-READING = "What is read"
-MODEL = "Model"
-WRITING = "What is written"
-RUNNING = "Running"
-
 
 def embed(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT",
-            help="Files, folders (searched recursively) and quoted globs: .txt (a text a line), .jsonl, .csv, .tsv, "
-            ".parquet; all but .parquet also as .gz, .bz2, .xz.",
-            show_default=False,
-        ),
-    ],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="MODEL",
-            help="Model folder, GGUF file, or name on the Hugging Face hub.",
-            rich_help_panel=MODEL,
-            show_default=False,
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FOLDER",
-            help="New folder, or that of the same job to go on with.",
-            rich_help_panel=WRITING,
-            show_default=False,
-        ),
-    ],
-    text_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column or field with the text.", rich_help_panel=READING)
-    ] = "text",
-    id_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Column or field with the id. Default: FILE:ROW, the first row is 1 (a header line is none), FILE "
-            "is the path below the folder that all inputs share.",
-            rich_help_panel=READING,
-            show_default=False,
-        ),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="LoRA adapter to merge into the model.", rich_help_panel=MODEL),
-    ] = None,
-    causal: Annotated[
-        bool,
-        typer.Option(
-            "--causal", help="Keep the decoder's causal attention instead of both ways.", rich_help_panel=MODEL
-        ),
-    ] = False,
-    pooling: Annotated[
-        Literal["mean", "weighted_mean", "eos_token", "last_token", "bos_token"] | None,
-        typer.Option(
-            metavar="MODE",
-            help="mean, weighted_mean, eos_token, last_token or bos_token. Default: the model folder's own, else mean.",
-            rich_help_panel=MODEL,
-            show_default=False,
-        ),
-    ] = None,
-    instruction: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Put before every text; pooling leaves it out.", rich_help_panel=MODEL),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="TOKENS",
-            help="Cut instruction and text together to this. Default: the model folder's own, else 512.",
-            rich_help_panel=MODEL,
-            show_default=False,
-        ),
-    ] = None,
-    doc_max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="TOKENS",
-            help="Cut the text alone to this. Default: the model folder's own, else 400.",
-            rich_help_panel=MODEL,
-            show_default=False,
-        ),
-    ] = None,
-    normalize: Annotated[
-        bool, typer.Option("--normalize/--no-normalize", help="Scale embeddings to length 1.", rich_help_panel=WRITING)
-    ] = False,
-    truncate_dim: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Keep the first N dimensions (before normalising).", rich_help_panel=WRITING
-        ),
-    ] = None,
-    output_dtype: Annotated[
-        Literal["float32", "float16"], typer.Option(metavar="TYPE", help="float32 or float16.", rich_help_panel=WRITING)
-    ] = "float32",
-    keep_columns: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help="Columns to keep beside the embedding, as strings: NAME,NAME,… Keep the text, and search shows it.",
-            rich_help_panel=WRITING,
-            show_default=False,
-        ),
-    ] = "",
-    rows_per_shard: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="ROWS",
-            help="Rows of a part, which is what a stop can cost. Default: 4096 on a CPU, else 32768.",
-            rich_help_panel=WRITING,
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            metavar="TYPE",
-            help="auto, float32, bfloat16 or float16, to compute in. auto is bfloat16 where that is fast: see doctor.",
-            rich_help_panel=RUNNING,
-        ),
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="cpu, cuda, cuda:1, … Default: an accelerator if there is one.",
-            rich_help_panel=RUNNING,
-        ),
-    ] = None,
-    token_budget: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="TOKENS",
-            help="Tokens of a forward pass. Default: by the device.",
-            rich_help_panel=RUNNING,
-            show_default=False,
-        ),
-    ] = None,
+    inputs: option.Inputs,
+    model: option.Model,
+    output: option.Output,
+    text_column: option.TextColumn = "text",
+    id_column: option.IdColumn = None,
+    adapter: option.Adapter = None,
+    causal: option.Causal = False,
+    pooling: option.Pooling = None,
+    instruction: option.Instruction = None,
+    max_length: option.MaxLength = None,
+    doc_max_length: option.DocMaxLength = None,
+    normalize: option.Normalize = False,
+    truncate_dim: option.TruncateDim = None,
+    output_dtype: option.OutputDtype = "float32",
+    keep_columns: option.KeepColumns = "",
+    rows_per_shard: option.RowsPerShard = None,
+    dtype: option.Dtype = "auto",
+    device: option.Device = None,
+    token_budget: option.TokenBudget = None,
 ) -> None:
     """Embed a corpus of any size into Parquet files; go on where it was stopped.
 

@@ -340,6 +340,14 @@ def test_a_compressed_file_that_is_cut_short_gives_what_it_holds(run: Run, lines
     assert f"from row {outcome.rows - 105 + 1} on the file cannot be read" in error["reason"]
 
 
+def test_a_file_damaged_from_its_start_is_named_even_as_the_last_thing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text\n")
+    (tmp_path / "b.txt.gz").write_bytes(b"not gzip at all")
+    outcome = run(tmp_path / "a.txt", tmp_path / "b.txt.gz", rows_per_shard=1)
+    assert (outcome.rows, outcome.damaged) == (1, 1)
+    assert [error["file"] for error in errors(tmp_path / "out")] == ["b.txt.gz"]
+
+
 def test_a_utf16_file_is_refused_with_the_remedy(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text", encoding="utf-16")
     with pytest.raises(InputError, match=r"a\.txt is UTF-16: convert it to UTF-8"):
