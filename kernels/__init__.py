@@ -7,5 +7,9 @@ if __name__ == "kernels":
 else:
     from .attention import attention
     from .layout import SequenceLayout
+    from .linear import linear
+    from .pooling import pool
+    from .rms_norm import rms_norm
+    from .rotary import rotary
 
-    __all__ = ["SequenceLayout", "attention"]
+    __all__ = ["SequenceLayout", "attention", "linear", "pool", "rms_norm", "rotary"]

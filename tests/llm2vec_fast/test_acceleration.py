@@ -11,6 +11,7 @@ from numerics import assert_error_within
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, SHAPE, tiny_model
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoModel
 
 from llm2vec_fast.acceleration import accelerate, restore
 from llm2vec_fast.bidirectional import make_bidirectional
@@ -44,6 +45,18 @@ def test_outputs_are_as_exact_as_the_stock_models(family: str) -> None:
 @pytest.mark.parametrize("family", GATED)
 def test_gated_mlps_are_fused(family: str) -> None:
     assert accelerate(bf16_model(family)).swapped["gated_mlp"] == SHAPE["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_norms_and_rotary_embeddings_are_fused(family: str, dtype: torch.dtype) -> None:
+    model = make_bidirectional(tiny_model(family).to(dtype))
+    norms = sum(type(m).__name__.endswith("RMSNorm") for m in model.modules())
+    exact, plain = hidden(copy.deepcopy(model).double()), hidden(model)
+    report = accelerate(model)
+    assert report.swapped["rms_norm"] == norms
+    assert report.swapped["rotary"] == SHAPE["num_hidden_layers"]
+    assert_error_within(hidden(model), plain, exact)
 
 
 def test_restore_leaves_no_trace() -> None:
@@ -109,11 +122,30 @@ def test_training_takes_the_plain_path_and_gets_every_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_float32_is_left_alone_with_a_reason() -> None:
-    model = make_bidirectional(tiny_model("llama"))
-    report = accelerate(model)
-    assert report.swapped == {}
+def test_float32_products_are_left_alone_with_a_reason() -> None:
+    report = accelerate(make_bidirectional(tiny_model("llama")))
+    assert "linear" not in report.swapped
+    assert "gated_mlp" not in report.swapped
     assert "float32" in report.left["linear"]
+
+
+def test_a_norm_that_computes_something_else_is_left_alone() -> None:
+    class ShiftedRMSNorm(type(tiny_model("llama").norm)):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    model = bf16_model("llama")
+    model.norm.__class__ = ShiftedRMSNorm
+    assert "something else" in accelerate(model).left["ShiftedRMSNorm"]
+    assert type(model.norm) is ShiftedRMSNorm
+
+
+def test_an_interleaved_rotary_embedding_is_left_alone() -> None:
+    config = CONFIG_MAPPING["cohere"](**SHAPE)
+    model = make_bidirectional(AutoModel.from_config(config)).bfloat16()
+    exact, stock = hidden(copy.deepcopy(model).double()), hidden(model)
+    assert "another way" in accelerate(model).left["CohereAttention"]
+    assert_error_within(hidden(model), stock, exact)
 
 
 def test_an_mlp_that_computes_something_else_is_left_alone() -> None:
@@ -129,8 +161,8 @@ def test_an_mlp_that_computes_something_else_is_left_alone() -> None:
     model = bf16_model("llama")
     for layer in model.layers:
         layer.mlp = Shifted(layer.mlp)
-    stock = hidden(model)
+    exact, stock = hidden(copy.deepcopy(model).double()), hidden(model)
     report = accelerate(model)
     assert "something else" in report.left["Shifted"]
     assert "gated_mlp" not in report.swapped
-    assert (hidden(model) - stock).abs().max() <= stock.abs().max() * 2**-6
+    assert_error_within(hidden(model), stock, exact)

@@ -1,0 +1,63 @@
+"""A contender in a process of its own: built once, then run when its turn comes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+Contender = Callable[[str, list[str]], Callable[[], np.ndarray]]
+
+
+class Worker:
+    """Builds ``contender(folder, texts)`` in a fresh process and runs it on request; idle otherwise."""
+
+    def __init__(self, contender: Contender, folder: str, texts: list[str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, contender, folder, texts), daemon=True)
+        self._process.start()
+        self.loaded_mib: float = self._pipe.recv()
+
+    def outputs(self) -> np.ndarray:
+        """Run once and return the result."""
+        return self._ask("outputs")
+
+    def seconds(self) -> float:
+        """Run once and return the wall time."""
+        return self._ask("seconds")
+
+    def peak_mib(self) -> float:
+        """The process's largest resident size so far, everything included, in MiB."""
+        return self._ask("peak")
+
+    def stop(self) -> None:
+        self._pipe.send("stop")
+        self._process.join()
+
+    def _ask(self, question: str) -> np.ndarray | float:
+        self._pipe.send(question)
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"a contender ended with exit code {self._process.exitcode}: see above") from None
+
+
+def _serve(pipe: Connection, contender: Contender, folder: str, texts: list[str]) -> None:
+    run = contender(folder, texts)
+    pipe.send(_peak_mib())
+    while (question := pipe.recv()) != "stop":
+        if question == "peak":
+            pipe.send(_peak_mib())
+            continue
+        before = time.perf_counter()
+        result = run()
+        pipe.send(result if question == "outputs" else time.perf_counter() - before)
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
