@@ -15,7 +15,7 @@ from folders import errors, manifest, parts
 
 TESTS = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "import fake_encoder; fake_encoder.run_command_line()"]
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 300
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -118,7 +118,7 @@ def peak_kilobytes(arguments: list[str]) -> int:
         env=environment(FAKE_ROWS="4096"),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_SECONDS,
     )
     assert process.returncode == 0, process.stderr
     return int(process.stdout.split("peak ")[1])
