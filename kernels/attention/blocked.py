@@ -26,6 +26,8 @@ QUERY_BLOCK = 256
 # With gradients, sequences share a padded call while padding stays below this part of it, up to this length.
 PADDING_SHARE = 0.15
 PADDED_LENGTH = 512
+# As many layouts can be in use at once as there are cores, each with a batch of its own.
+LAYOUTS_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,13 @@ def _real(out: Tensor, group: _Group) -> Tensor:
     return flat if group.tokens is None else flat.index_select(0, group.tokens)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=LAYOUTS_KEPT)
 def _groups(layout: SequenceLayout, exact: bool) -> tuple[_Group, ...]:
     """Made once a layout: every layer of a forward pass asks with the same one."""
     return tuple(_make_group(layout, members) for members in _members(layout, exact))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=LAYOUTS_KEPT)
 def _output_rows(layout: SequenceLayout, exact: bool) -> Tensor | None:
     """Where the groups' outputs, joined, belong; None where they already are in order.
 
@@ -180,7 +182,7 @@ def _output_rows(layout: SequenceLayout, exact: bool) -> Tensor | None:
     return targets.argsort().to(layout.device)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=LAYOUTS_KEPT)
 def _members(layout: SequenceLayout, exact: bool) -> tuple[tuple[int, ...], ...]:
     """Sequence numbers by group: longest first, equal or near-equal lengths together, empty sequences left out."""
     lengths = layout.lengths.tolist()

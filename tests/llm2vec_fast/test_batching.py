@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm2vec_fast.batching import plan_batches
+from llm2vec_fast.batching import even_budget, plan_batches
 
 
 @given(st.lists(st.integers(0, 300), max_size=200), st.integers(1, 500))
@@ -33,6 +35,19 @@ def test_a_plan_is_the_same_at_every_run() -> None:
 def test_batches_are_nearly_full() -> None:
     lengths = np.random.default_rng(0).integers(1, 90, 10_000)
     assert len(plan_batches(lengths, 2048)) <= 1.05 * lengths.sum() / 2048 + 1
+
+
+@given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(2, 64))
+def test_an_even_budget_gives_every_worker_the_same_number_of_batches(tokens: int, budget: int, workers: int) -> None:
+    even = even_budget(tokens, budget, workers)
+    rounds = ceil(tokens / (budget * workers))
+    assert even <= budget
+    assert ceil(tokens / even) <= rounds * workers
+    assert (even - 1) * rounds * workers < tokens  # and no larger than that takes
+
+
+def test_one_worker_keeps_the_budget() -> None:
+    assert even_budget(100, 2048, 1) == 2048
 
 
 def test_a_budget_of_nothing_is_refused() -> None:
