@@ -21,7 +21,7 @@ REQUIRED = [
     "safetensors>=0.5",
     "tokenizers>=0.22",
     "tqdm>=4.66",
-    "typer>=0.16",
+    "typer>=0.19",
 ]
 GGUF = ["gguf>=0.10"]
 BENCH = ["pytest-benchmark>=5", "sentence-transformers>=6.2"]

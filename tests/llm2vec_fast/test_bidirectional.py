@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from llm2vec_fast.kernels.layout import SequenceLayout
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, SHAPE, tiny_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, BloomConfig, MambaConfig, T5Config
 
 from llm2vec_fast.bidirectional import UnsupportedModelError, make_bidirectional
+from llm2vec_fast.kernels.layout import SequenceLayout
 
 PUBLISHED_TOLERANCE = 1e-4
 LENGTHS = (13, 1, 7, 24)
