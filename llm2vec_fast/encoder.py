@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .acceleration import accelerate as accelerate_model
@@ -22,10 +21,10 @@ from .batching import default_token_budget
 from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional
 from .kernels.layout import SequenceLayout
 from .kernels.pooling import POOLING_MODES, pool
-from .loading import SETTINGS_FILE, load
-from .pipeline import OnBatch, Request, encode_pairs
+from .loading import SETTINGS_FILE, best_device, load
+from .pipeline import OnBatch, Request, encode_pairs, progress
 from .precision import choose_dtype
-from .prompts import as_pairs, find_template
+from .prompts import CHECKPOINTS, as_pairs, find_template
 from .saving import keep_published_name, write_json, written_beside
 from .tokenization import TextTokenizer
 
@@ -92,7 +91,7 @@ class LLM2Vec(nn.Module):
         self.doc_max_length = doc_max_length
         self.skip_instruction = skip_instruction
         self.checkpoint = checkpoint or str(getattr(config, "_name_or_path", ""))
-        self.token_budget = token_budget or default_token_budget(self.device)
+        self._token_budget = token_budget
         self.accelerate = accelerate
         self._accelerated = False
         self.text_tokenizer()  # refuses unusable settings now, not at the first text
@@ -141,7 +140,7 @@ class LLM2Vec(nn.Module):
         if isinstance(kwargs.get("device_map"), (str, torch.device)) and kwargs["device_map"] != "auto":
             device = kwargs.pop("device_map")
         placed = "device_map" in kwargs
-        device = torch.device(device) if device is not None else _best_device()
+        device = torch.device(device) if device is not None else best_device()
         loaded = load(
             base_model_name_or_path,
             peft_model_name_or_path,
@@ -176,6 +175,15 @@ class LLM2Vec(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the decoder computes in; embeddings are float32 in any case."""
         return decoder_of(self.model).get_input_embeddings().weight.dtype
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a forward pass: what was asked for, else what suits the device."""
+        return self._token_budget or default_token_budget(self.device)
+
+    @token_budget.setter
+    def token_budget(self, value: int | None) -> None:
+        self._token_budget = value
 
     def train(self, mode: bool = True) -> LLM2Vec:
         """Switch between training and use; training runs on the plain modules, which optimisers know."""
@@ -315,7 +323,7 @@ class LLM2Vec(nn.Module):
             token_budget=token_budget or self.token_budget,
             keep_non_finite=non_finite == "keep",
         )
-        with self._encoding(), _progress(len(pairs), show_progress_bar, on_batch) as report:
+        with self._encoding(), progress(len(pairs), show_progress_bar, on_batch) as report:
             rows = encode_pairs(self, pairs, request, report)
         wrap = (lambda array: array) if convert_to_numpy else torch.from_numpy
         if request.tokens:
@@ -348,7 +356,8 @@ class LLM2Vec(nn.Module):
         with written_beside(output_path) as folder:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            keep_published_name(folder, self.checkpoint)
+            if self.checkpoint in CHECKPOINTS:
+                keep_published_name(folder, self.checkpoint)
             if save_config:
                 write_json(folder / SETTINGS_FILE, {name: getattr(self, name) for name in _SETTINGS})
 
@@ -391,21 +400,3 @@ class LLM2Vec(nn.Module):
         elif self._accelerated and not wanted:
             restore(self.model)
         self._accelerated = wanted
-
-
-@contextmanager
-def _progress(total: int, shown: bool, on_batch: OnBatch | None) -> Iterator[OnBatch]:
-    """What to call after each forward pass."""
-    with tqdm(total=total, unit="text", desc="embedding", disable=not shown) as bar:
-
-        def report(rows: int, tokens: int, padded_tokens: int) -> None:
-            bar.update(rows)
-            if on_batch is not None:
-                on_batch(rows, tokens, padded_tokens)
-
-        yield report
-
-
-def _best_device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None else torch.device("cpu")

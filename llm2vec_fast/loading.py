@@ -38,6 +38,12 @@ class Loaded:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+def best_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
 def load(
     base: str | Path,
     adapter: str | Path | None = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit_length
+from tqdm.auto import tqdm
 
 from .batching import even_budget, plan_batches
 from .errors import NonFiniteEmbeddingError
@@ -82,6 +84,19 @@ def encode_pairs(encoder: LLM2Vec, pairs: Pairs, request: Request, on_batch: OnB
     for i in broken:
         rows[i] = replace(rows[i], values=np.full_like(rows[i].values, np.nan))
     return rows
+
+
+@contextmanager
+def progress(total: int, shown: bool, on_batch: OnBatch | None) -> Iterator[OnBatch]:
+    """What to call after each forward pass: it moves a progress bar and tells the caller."""
+    with tqdm(total=total, unit="text", desc="embedding", disable=not shown) as bar:
+
+        def report(rows: int, tokens: int, padded_tokens: int) -> None:
+            bar.update(rows)
+            if on_batch is not None:
+                on_batch(rows, tokens, padded_tokens)
+
+        yield report
 
 
 def _run(encoder: LLM2Vec, model: nn.Module, pairs: Pairs, request: Request, on_batch: OnBatch) -> Iterator[Row]:

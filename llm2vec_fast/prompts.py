@@ -33,6 +33,8 @@ _END_MARKS = {
     "gemma": "<eos>",
     "qwen2": "<|endoftext|>",
 }
+# Checkpoints whose name decides what goes around a text: a saved copy has to keep it.
+CHECKPOINTS = {*CHAT_TURNS, *(name for name in _END_MARKS if "/" in name)}
 
 
 @dataclass(frozen=True)

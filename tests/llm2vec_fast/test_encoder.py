@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
 from llm2vec_fast import LLM2Vec
+from llm2vec_fast.batching import default_token_budget
 from llm2vec_fast.errors import NonFiniteEmbeddingError
 from llm2vec_fast.kernels import SequenceLayout
 
@@ -75,6 +76,13 @@ def test_batches_keep_to_the_token_budget_and_are_reported(encoder):
     assert sum(tokens for _, tokens, _ in calls) == int(lengths.sum())
     assert all(tokens == padded for _, tokens, padded in calls)
     assert all(tokens <= 60 or rows == 1 for rows, tokens, _ in calls)
+
+
+def test_the_token_budget_follows_the_device_unless_set():
+    encoder = load()
+    assert encoder.token_budget == default_token_budget("cpu")
+    assert copy.deepcopy(encoder).to("meta").token_budget == default_token_budget("meta") != encoder.token_budget
+    assert load(token_budget=77).token_budget == 77
 
 
 def test_batch_size_is_accepted_and_changes_nothing(encoder):
@@ -197,6 +205,14 @@ def test_acceleration_changes_no_result_and_no_key():
     fast, plain = load(dtype="bfloat16"), load(dtype="bfloat16", accelerate=False)
     assert_same_direction(fast.encode(TEXTS), plain.encode(TEXTS), least=0.999)
     assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["separate", "merged"])
+def test_adapters_in_bfloat16(merge):
+    adapter = FOLDER / "llama-lora"
+    exact = LLM2Vec.from_pretrained(FOLDER / "llama", adapter, dtype="float32", device="cpu")
+    narrow = LLM2Vec.from_pretrained(FOLDER / "llama", adapter, merge, dtype="bfloat16", device="cpu")
+    assert_same_direction(narrow.encode(TEXTS), exact.encode(TEXTS), least=0.999)
 
 
 def test_evaluation_mode_and_gradients_are_as_before(encoder):

@@ -61,7 +61,14 @@ def test_the_checkpoint_keeps_its_template(tmp_path):
     encoder.save(tmp_path / "model")
     again = load(tmp_path / "model")
     assert torch.equal(again.tokenize(TEXTS)["input_ids"], encoder.tokenize(TEXTS)["input_ids"])
+    assert encoder.checkpoint in (tmp_path / "model" / "config.json").read_text()
     assert not torch.equal(again.tokenize(TEXTS)["input_ids"], load(FOLDER / "llama").tokenize(TEXTS)["input_ids"])
+
+
+def test_no_path_of_this_machine_is_saved(tmp_path):
+    load(FOLDER / "llama").save(tmp_path / "model")
+    for path in (tmp_path / "model").glob("*.json"):
+        assert str(FOLDER) not in path.read_text()
 
 
 def test_an_adapter_is_saved_alone_and_knows_its_base(tmp_path):
