@@ -34,39 +34,69 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+# Chosen from what `python -m benchmarks.codegen` finds in the machine code, without timings: no (or the fewest) spilled
+# registers first, then the fewest instructions a FLOP in the inner loop (wi/MF, lower is better). Keys are
+# (tile width up to, from sm_90 on); the comments give wi/MF of the choice, then of what lost and why.
+_FORWARD = {
+    # 919; 128×64 with 4 warps: 1005.
+    (64, True): Configuration(128, 128, 8, 2),
+    # 544; 128×64 with 8 warps: 740, with 4 warps 964 bytes spilled.
+    (128, True): Configuration(128, 128, 8, 2),
+    # 1156; 128×64 with 4 warps: 1240 and 16 bytes spilled.
+    (64, False): Configuration(128, 128, 8, 2),
+    # 963 and 56 bytes spilled; 128×128: 869 and 144 bytes; 64×64 with 4 warps: 1354 and 12 bytes.
+    (128, False): Configuration(128, 64, 8, 2),
+}
+_BACKWARD_KEYS = {
+    # 763; 64×64: 601 and 172 bytes spilled.
+    (64, True): Configuration(32, 64, 4, 2),
+    # 530 and 96 bytes spilled; 64×128: 382 and 904 bytes; 64×64 with 4 warps: 452 and 1708 bytes.
+    (128, True): Configuration(32, 128, 8, 2),
+    # 877; 64×64: 870 and 64 bytes spilled.
+    (64, False): Configuration(32, 128, 8, 2),
+    # 759 and 60 bytes spilled; 64×64 with 4 warps: 677 and 696 bytes.
+    (128, False): Configuration(32, 64, 4, 2),
+}
+_BACKWARD_QUERIES = {
+    # 576; 64×64 with 4 warps: 717.
+    (64, True): Configuration(128, 128, 8, 2),
+    # 437; 128×128: 359 and 112 bytes spilled; 64×64 with 4 warps: 473.
+    (128, True): Configuration(128, 64, 8, 2),
+    # 860; 128×64 with 4 warps: 846 and 236 bytes spilled.
+    (64, False): Configuration(128, 64, 8, 2),
+    # 687; 128×64: 662 and 68 bytes spilled; 64×64 with 4 warps: 745.
+    (128, False): Configuration(128, 32, 8, 2),
+}
+# Tiles wider than 128 and float32, whose products use no tensor core, only need to fit.
+_SMALL = Configuration(32, 32, 4, 1)
+_FORWARD_WIDE = Configuration(64, 32, 4, 2)
+
+
 @cache
 def forward(head_dim: int, dtype: torch.dtype, architecture: str) -> Configuration:
     """How the forward kernel is launched for a head size, dtype and architecture ("sm_80", "sm_90", "gfx942", …)."""
     width = block_d(head_dim)
     if dtype == torch.float32:
-        return Configuration(64, 32, 4, 2) if width <= 128 else Configuration(32, 32, 4, 2)
-    if width <= 64:
-        return Configuration(128, 64, 4, 3 if architecture == "sm_90" else 2)
-    if width == 128:
-        return Configuration(128, 64, 8, 2)
-    return Configuration(64, 32, 4, 2)
+        return _FORWARD_WIDE if width <= 128 else _SMALL
+    return _FORWARD_WIDE if width > 128 else _FORWARD[_key(width, architecture)]
 
 
 @cache
 def backward_keys(head_dim: int, dtype: torch.dtype, architecture: str) -> Configuration:
     """How the dK and dV kernel is launched."""
     width = block_d(head_dim)
-    if dtype == torch.float32:
-        return Configuration(32, 32, 4, 1)
-    if width <= 128:
-        return Configuration(64, 64, 4, 2)
-    return Configuration(32, 32, 4, 1)
+    return _SMALL if dtype == torch.float32 or width > 128 else _BACKWARD_KEYS[_key(width, architecture)]
 
 
 @cache
 def backward_queries(head_dim: int, dtype: torch.dtype, architecture: str) -> Configuration:
     """How the dQ kernel is launched."""
     width = block_d(head_dim)
-    if dtype == torch.float32:
-        return Configuration(32, 32, 4, 1)
-    if width <= 128:
-        return Configuration(64, 64, 4, 2)
-    return Configuration(32, 32, 4, 1)
+    return _SMALL if dtype == torch.float32 or width > 128 else _BACKWARD_QUERIES[_key(width, architecture)]
+
+
+def _key(width: int, architecture: str) -> tuple[int, bool]:
+    return 64 if width <= 64 else 128, architecture.startswith(("sm_90", "sm_100", "sm_120"))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Every kernel compiles for the GPUs it is made for, on a machine that has none."""
+"""The kernels compile for the GPUs they are made for, on a machine that has none, to code that passes the gate."""
 
 import os
 import subprocess
@@ -8,8 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 
 
-def test_every_kernel_compiles_for_every_architecture():
+def test_the_main_configurations_pass_the_gate_on_every_architecture():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "benchmarks.codegen", "--compile-only"]
+    command = [sys.executable, "-m", "benchmarks.codegen", "--main"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
+    for instruction in ("mma.sync", "wgmma", "tcgen05.mma", "MFMA"):
+        assert f"| {instruction} |" in run.stdout
