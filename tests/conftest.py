@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels are tested through Triton's interpreter, which must be chosen before Triton is imported.
+"""Without a GPU, Triton kernels are tested through Triton's interpreter, chosen before Triton is imported.
 
 It does not change what backend="auto" picks: dispatch leaves the interpreter to tests that ask for backend="triton".
 """

@@ -19,7 +19,8 @@ WORD_VECTORS = np.random.default_rng(0).standard_normal((1009, DIMENSION)).astyp
 class FakeEncoder:
     """Embeds a text as the mean of its words' vectors; a token is a word, a batch has ``batch_rows`` rows.
 
-    The text NOT_FINITE gets NaN, NO_TOKEN zeros, TOO_LARGE a value that float16 cannot hold. ``delay`` seconds pass in every batch.
+    The text NOT_FINITE gets NaN, NO_TOKEN zeros, TOO_LARGE a value that float16 cannot hold. ``delay`` seconds pass in
+    every batch.
     """
 
     dimension = DIMENSION
