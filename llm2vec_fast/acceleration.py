@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import FunctionType
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -250,17 +251,7 @@ def _packing_problem(layers: list[nn.Linear]) -> str | None:
     problems = {packing_problem(m.weight) for m in layers} - {None}
     if problems:
         return sorted(problems)[0]
-    need, free = sum(m.weight.nbytes for m in layers), _free_memory()
+    need, free = sum(m.weight.nbytes for m in layers), psutil.virtual_memory().available
     if need > free / 4:
         return f"a packed copy takes {need >> 20} MiB, more than a quarter of the {free >> 20} MiB that are free"
     return None
-
-
-def _free_memory() -> int:
-    """Bytes a new allocation can take, by the kernel's own estimate; 0 where it gives none."""
-    try:
-        with open("/proc/meminfo") as lines:
-            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
-    return kib * 1024

@@ -168,6 +168,7 @@ def _attend(
         window=_window(module.config, sliding_window, causal),
         softcap=softcap,
         scale=scaling,
+        dropout_p=dropout,
     )
     return out.view(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 

@@ -124,6 +124,20 @@ def test_clones_work_like_the_original(clone) -> None:
             assert torch.equal(mine, theirs)
 
 
+def test_attention_dropout_acts_in_training_only() -> None:
+    model = make_bidirectional(tiny_model("llama", attention_dropout=0.5))
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return torch.cat(packed(model, texts()))
+
+    assert torch.equal(run(0), run(1))
+    model.train()
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     gradients = []
     for checkpointing in (False, True):
