@@ -21,7 +21,7 @@ from .batching import default_token_budget
 from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional
 from .kernels.layout import SequenceLayout
 from .kernels.pooling import POOLING_MODES, pool
-from .loading import SETTINGS_FILE, best_device, load
+from .loading import SETTINGS_FILE, best_device, load, merged
 from .pipeline import OnBatch, Request, encode_pairs, progress
 from .precision import choose_dtype
 from .prompts import CHECKPOINTS, as_pairs, find_template
@@ -352,7 +352,7 @@ class LLM2Vec(nn.Module):
         """
         self._set_accelerated(False)
         if merge_before_save and isinstance(self.model, PeftModel):
-            self.model = self.model.merge_and_unload()
+            self.model = merged(self.model)
         with written_beside(output_path) as folder:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)

@@ -75,12 +75,19 @@ def load(
     model = _load_base(source, dtype=dtype, **trust, **kwargs)
     tokenizer = _load_tokenizer(base, source, **trust)
     if first_adapter:
-        model = _put_on(model, first_adapter).merge_and_unload()
+        model = merged(_put_on(model, first_adapter))
     if adapter is not None:
         model = _put_on(model, str(adapter))
-        model = model.merge_and_unload() if merge else model
+        model = merged(model) if merge else model
     settings = _read_json(str(adapter) if adapter is not None else base, SETTINGS_FILE) or {}
     return Loaded(model, tokenizer, _published_name(base, source), settings)
+
+
+def merged(wrapped: PeftModel) -> nn.Module:
+    """The model alone, its adapter merged into its weights."""
+    model = wrapped.merge_and_unload()
+    model.__dict__.pop("peft_config", None)  # older releases of peft leave it, and take it for an adapter in place
+    return model
 
 
 def _load_base(source: str, **kwargs: Any) -> PreTrainedModel:

@@ -30,7 +30,7 @@ def folder() -> Path:
 def texts() -> list[str]:
     """Docstrings from all over the standard library, of natural lengths."""
     found = [docstring.text for docstring in collect()]
-    return found[:: len(found) // 100]
+    return found[:: len(found) // 60]
 
 
 def directions_agree(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -45,16 +45,30 @@ def test_packed_as_alone(folder, dtype):
     assert directions_agree(encoder.encode(texts(), token_budget=500), alone) >= LEAST[dtype]
 
 
-@pytest.mark.parametrize("dtype", LEAST)
-def test_as_stock_transformers_one_text_at_a_time(folder, dtype):
-    encoder = LLM2Vec.from_pretrained(folder, dtype=dtype, device="cpu", doc_max_length=512)
+@pytest.fixture(scope="module")
+def stock(folder) -> dict[str, torch.Tensor]:
+    """Stock transformers, eager, bidirectional, one text at a time, mean over the tokens; by dtype."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    stock = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    stock.config.is_causal = False
-    some = texts()[::4]
-    with torch.no_grad():
-        expected = [
-            stock(**tokenizer(text, return_tensors="pt", truncation=True, max_length=512)).last_hidden_state[0].mean(0)
-            for text in some
-        ]
-    assert directions_agree(encoder.encode(some), torch.stack(expected)) >= LEAST[dtype]
+    found = {}
+    for dtype in LEAST:
+        model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        model.config.is_causal = False
+        with torch.no_grad():
+            batches = (tokenizer(text, return_tensors="pt", truncation=True, max_length=512) for text in texts()[::4])
+            found[dtype] = torch.stack([model(**b).last_hidden_state[0].float().mean(0) for b in batches])
+    return found
+
+
+def test_float32_as_stock_transformers_one_text_at_a_time(folder, stock):
+    encoder = LLM2Vec.from_pretrained(folder, dtype="float32", device="cpu", doc_max_length=512)
+    assert directions_agree(encoder.encode(texts()[::4]), stock["float32"]) >= LEAST["float32"]
+
+
+def test_bfloat16_is_as_near_to_float32_as_stock_transformers_is(folder, stock):
+    """Texts of a few tokens move by percents in bfloat16, whoever computes them: the measure is stock's own error."""
+    encoder = LLM2Vec.from_pretrained(folder, dtype="bfloat16", device="cpu", doc_max_length=512)
+    ours, theirs = (
+        1 - cosine_similarity(rows.double(), stock["float32"].double(), dim=-1).mean()
+        for rows in (encoder.encode(texts()[::4]), stock["bfloat16"])
+    )
+    assert ours <= 2 * theirs
