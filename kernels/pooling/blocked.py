@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROWS_A_BLOCK = 64
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -27,7 +29,7 @@ def pool_forward(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor |
     plan = _plan(starts, lengths, skip, mode, accumulator)
     weighted = hidden.index_select(0, plan.rows).to(accumulator)
     weighted.mul_(plan.weights[:, None])
-    return torch.segment_reduce(weighted, "sum", lengths=plan.counts, unsafe=True)
+    return _segment_sum(weighted, plan.counts)
 
 
 def pool_backward(
@@ -39,6 +41,16 @@ def pool_backward(
     spread = grad.index_select(0, owner).mul_(plan.weights[:, None])
     grad_hidden = torch.zeros(total, grad.shape[1], dtype=dtype, device=grad.device)
     return grad_hidden.index_copy_(0, plan.rows, spread.to(dtype))
+
+
+def _segment_sum(rows: Tensor, counts: Tensor) -> Tensor:
+    """(R, d) → (N, d), in two steps: one running sum over thousands of rows would lose what pairwise sums keep."""
+    blocks = (counts + ROWS_A_BLOCK - 1) // ROWS_A_BLOCK
+    owner = torch.arange(blocks.shape[0], device=blocks.device).repeat_interleave(blocks)
+    within = torch.arange(owner.shape[0], device=blocks.device) - (blocks.cumsum(0) - blocks)[owner]
+    sizes = (counts[owner] - within * ROWS_A_BLOCK).clamp(max=ROWS_A_BLOCK)
+    sums = torch.segment_reduce(rows, "sum", lengths=sizes, unsafe=True)
+    return torch.segment_reduce(sums, "sum", lengths=blocks, unsafe=True)
 
 
 def _plan(starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str, dtype: torch.dtype) -> _Plan:
