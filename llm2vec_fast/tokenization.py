@@ -210,9 +210,7 @@ def _first_of_text(encoding: Encoding, prompted: Prompted) -> int:
 
 def _offsets_in(text: str, document: str, prompted: Prompted, encoding: Encoding) -> np.ndarray:
     """Character offsets (tokens, 2) in ``text``, of which ``document`` is what the limit left and the model saw."""
-    inside = np.array([owner is not None for owner in encoding.sequence_ids], dtype=bool)
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - prompted.boundary
-    offsets = np.where(inside[:, None], offsets, 0).clip(0, len(document))
+    offsets = (np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - prompted.boundary).clip(0, len(document))
     if text.startswith(document):
         return offsets
     first = _positions_of_words(text, document)

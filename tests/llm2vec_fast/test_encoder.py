@@ -207,6 +207,16 @@ def test_acceleration_changes_no_result_and_no_key():
     assert list(fast.state_dict()) == list(plain.state_dict())
 
 
+def test_training_and_moving_bring_the_stock_modules_back():
+    stock = [type(module) for module in load(accelerate=False).model.modules()]
+    for leave in (LLM2Vec.train, lambda encoder: encoder.to("meta")):
+        encoder = load()
+        encoder.encode(TEXTS)
+        assert [type(module) for module in encoder.model.modules()] != stock
+        leave(encoder)
+        assert [type(module) for module in encoder.model.modules()] == stock
+
+
 @pytest.mark.parametrize("merge", [False, True], ids=["separate", "merged"])
 def test_adapters_in_bfloat16(merge):
     adapter = FOLDER / "llama-lora"

@@ -73,8 +73,20 @@ def test_an_adapter_on_top_of_an_adapter(adapter, tmp_path):
     assert_matches(ours, load(tmp_path / "merged", FOLDER / "llama-lora").encode(TEXTS, convert_to_numpy=True))
 
 
-def test_an_adapter_is_frozen_until_the_user_says_otherwise(adapter):
-    assert not any(p.requires_grad for n, p in load(FOLDER / "llama", adapter).named_parameters() if "lora_" in n)
+def test_an_adapter_is_frozen_whatever_it_was_saved_as(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "inference_mode": False}))
+    parameters = dict(load(FOLDER / "llama", adapter).named_parameters())
+    assert any("lora_" in name for name in parameters)
+    assert not any(p.requires_grad for name, p in parameters.items() if "lora_" in name)
+
+
+def test_a_pickle_is_not_read_because_another_file_is_there(model):
+    weights = load_file(model / "model.safetensors")
+    torch.save(weights, model / "pytorch_model.bin")
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+        load(model)
 
 
 def test_gguf(tmp_path):

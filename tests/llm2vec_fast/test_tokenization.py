@@ -84,6 +84,15 @@ def test_a_very_long_text_has_the_tokens_of_its_beginning(instruction, limits):
     assert tokenise([(instruction, text)], *limits).ids[0].tolist() == by_definition(instruction, text, *limits)
 
 
+def test_more_of_a_text_is_read_where_its_tokens_are_long():
+    word = "w" * 100
+    backend = Tokenizer(models.WordLevel({word: 0, "?": 1}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    text = f"{word} " * 1000
+    tokens = tokenise([("", text)], max_length=300, tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert tokens.ids[0].tolist() == [0] * 300
+
+
 @pytest.mark.parametrize("piece", ["word ", "a", " ", "\n", "=", "山", "ab\u00a0"])
 def test_a_million_characters_take_no_longer_than_their_beginning(piece):
     text = piece * (1_000_000 // len(piece))
