@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "LLM2VEC_FAST_BACKEND"
-BACKENDS = ("auto", "reference", "blocked", "triton")
+BACKENDS = ("auto", "reference", "blocked", "triton", "flash")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
 
 
@@ -27,12 +27,21 @@ class Choice:
     reason: str
 
 
-def choose(operation: str, requested: str, device: str, implemented: Collection[str]) -> Choice:
+def choose(
+    operation: str,
+    requested: str,
+    device: str,
+    implemented: Collection[str],
+    *,
+    refused: Mapping[str, str] | None = None,
+    preferred: Choice | None = None,
+) -> Choice:
     """Pick the implementation of ``operation`` for tensors on ``device`` (a device type: "cpu", "cuda", …).
 
     ``requested`` is the caller's ``backend=``; "auto" defers to the environment variable LLM2VEC_FAST_BACKEND, then to
-    the device. ``implemented`` names the rooms that exist for the operation as called (without "triton", say, where
-    the kernel has no gradient yet).
+    ``preferred``, then to the device. ``implemented`` names the rooms that exist for the operation as called (without
+    "triton", say, where the kernel has no gradient yet): the environment variable is passed over for the others.
+    ``refused`` says of a backend why it cannot run, where the device alone does not tell.
 
     Raises:
         ValueError: the backend's name is unknown.
@@ -40,24 +49,35 @@ def choose(operation: str, requested: str, device: str, implemented: Collection[
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    refused = refused or {}
     if requested != "auto":
-        _require(operation, requested, device, implemented)
+        _require(operation, requested, device, implemented, refused)
         return Choice(requested, "asked for by backend=")
     override = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if override not in BACKENDS:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}={override!r} is unknown: choose one of {', '.join(BACKENDS)}")
     if override != "auto" and override in implemented:
-        _require(operation, override, device, implemented)
+        _require(operation, override, device, implemented, refused)
         return Choice(override, f"asked for by {ENVIRONMENT_VARIABLE}")
+    if preferred is not None:
+        return preferred
     problem = triton_problem(device) if "triton" in implemented else f"{operation} has no Triton kernel for this call"
     if problem is None and not interpreting():
         return Choice("triton", f"{device} tensors with Triton")
     return Choice("blocked", problem or "Triton's interpreter is for tests: ask for it with backend='triton'")
 
 
-def choose_for(operation: str, requested: str, tensor: Tensor, implemented: Collection[str]) -> Choice:
+def choose_for(
+    operation: str,
+    requested: str,
+    tensor: Tensor,
+    implemented: Collection[str],
+    *,
+    refused: Mapping[str, str] | None = None,
+    preferred: Choice | None = None,
+) -> Choice:
     """`choose` for the device that ``tensor`` lives on."""
-    return choose(operation, requested, tensor.device.type, implemented)
+    return choose(operation, requested, tensor.device.type, implemented, refused=refused, preferred=preferred)
 
 
 def triton_problem(device: str) -> str | None:
@@ -74,15 +94,19 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _require(operation: str, backend: str, device: str, implemented: Collection[str]) -> None:
-    if backend not in implemented:
+def _require(
+    operation: str, backend: str, device: str, implemented: Collection[str], refused: Mapping[str, str]
+) -> None:
+    if backend not in implemented and backend not in refused:
+        others = ", ".join(name for name in implemented if name not in refused)
         raise BackendUnavailableError(
-            f"{operation} has no {backend!r} implementation for this call: choose one of {', '.join(implemented)}"
+            f"{operation} has no {backend!r} implementation for this call: choose one of {others}"
         )
-    problem = triton_problem(device) if backend == "triton" else None
+    problem = refused.get(backend) or (triton_problem(device) if backend == "triton" else None)
     if problem is not None:
         raise BackendUnavailableError(
-            f"{operation} cannot run on backend 'triton': {problem}; use backend='blocked', or 'auto' to let it choose"
+            f"{operation} cannot run on backend {backend!r}: {problem}; "
+            "use backend='blocked', or 'auto' to let it choose"
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dispatch import choose_for
 from ..layout import SequenceLayout
+from . import flash
 from .blocked import attention_blocked
 from .dropout import Dropout, threshold_of
 from .operator import attention_operator
@@ -51,10 +52,15 @@ def attention(
         scale: factor on q·kᵀ; 1/√D if None.
         dropout_p: each attention weight is dropped with this probability (kept to 1/65536), the rest scaled up. What is
             dropped depends only on the seed, the sequence's number, head, query and key: it is the same on every
-            backend, and for packed and padded batches.
+            backend but "flash", and for packed and padded batches.
         seed: int, or a tensor of one int64, that decides what is dropped; drawn from PyTorch's generator if None.
         return_lse: also return the logarithm of each row's softmax denominator; no gradient flows through it.
-        backend: "auto", "reference", "blocked" or "triton".
+        backend: "auto", "reference", "blocked", "triton" or "flash" (flash-attn, where it is installed). "auto" takes
+            flash-attn for packed float16 and bfloat16 batches without dropout, FlashAttention-3 on sm_90 and
+            FlashAttention-2 on sm_8x: there its published speed is the best known, its results are ours within
+            rounding, and its gradients deterministic. All else on a GPU runs on Triton: padded batches, which
+            flash-attn has to copy, and dropout, whose mask flash-attn draws from PyTorch's generator; asked for by
+            "flash" with FlashAttention-2, that mask is not the other backends', and a ``seed`` is refused.
 
     Returns:
         (T, Hq, D) in q's dtype, zeros on rows in no sequence; with ``return_lse`` also (T, Hq) float32 (float64 for
@@ -72,8 +78,16 @@ def attention(
     _check_tensors(q, k, v, layout)
     _check_settings(window, softcap, scale, dropout_p)
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else scale
-    implemented = _FLOAT64 if q.dtype == torch.float64 else _ALL
-    choice = choose_for("attention", backend, q, implemented).backend
+    offer = flash.offer(q, k, v, layout, softcap=softcap, dropout_p=dropout_p, seed=seed)
+    choice = choose_for(
+        "attention", backend, q, _implemented(q.dtype, offer), refused=offer.refused, preferred=offer.preferred
+    ).backend
+    settings = {"causal": causal, "window": window, "softcap": softcap, "scale": scale}
+    if choice == "flash":
+        out, lse = flash.attention_flash(
+            offer.package, q, k, v, layout, dropout_p=dropout_p, return_lse=return_lse, **settings
+        )
+        return (out, lse) if return_lse else out
     if choice == "triton":
         seed = _seed_tensor(seed, q.device) if dropout_p else None
         out, lse = attention_operator(
@@ -82,12 +96,16 @@ def attention(
         )  # fmt: skip
         return (out, lse.detach().T * math.log(2)) if return_lse else out
     dropout = Dropout(threshold_of(dropout_p), int(_seed_tensor(seed, "cpu"))) if dropout_p else None
-    settings = {"causal": causal, "window": window, "softcap": softcap, "scale": scale}
     if choice == "blocked":
         out = attention_blocked(q, k, v, layout, dropout=dropout, **settings)
         return (out, _log_sum_exp(q, k, v, layout, settings)) if return_lse else out
     out, lse = attention_reference(q, k, v, layout, dropout=dropout, **settings)
     return (out, lse.detach()) if return_lse else out
+
+
+def _implemented(dtype: torch.dtype, offer: flash.Offer) -> tuple[str, ...]:
+    ours = _FLOAT64 if dtype == torch.float64 else _ALL
+    return ours if offer.machine_can and offer.package is None else (*ours, "flash")
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+ROOMS = ("reference", "blocked", "triton", "flash")
 CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "neon", "bf16", "sve", "sve2")
 
 
@@ -130,15 +131,33 @@ def _backends() -> dict[str, dict[str, str]]:
     """For each operation and device type here, the implementation that runs and why."""
     import torch
 
-    from llm2vec_fast.kernels.dispatch import choose
+    from llm2vec_fast.kernels.attention import flash
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["xpu"] if torch.xpu.is_available() else [])]
     found = {}
     for operation, rooms in _operations().items():
         for device in devices:
-            choice = choose(operation, "auto", device, rooms)
-            found[f"{operation} on {device}"] = {"chosen": choice.backend, "why": choice.reason}
+            found[f"{operation} on {device}"] = _backend(operation, device, rooms)
+            if "flash" in rooms:
+                choice = flash.describe(torch.device(device))
+                found[f"flash-attn on {device}"] = {"chosen": choice.backend, "why": choice.reason}
     return found
+
+
+def _backend(operation: str, device: str, rooms: tuple[str, ...]) -> dict[str, str]:
+    """What "auto" takes for an ordinary call; the environment may ask for what cannot run, which is worth a line."""
+    import torch
+
+    from llm2vec_fast.kernels.attention import flash
+    from llm2vec_fast.kernels.dispatch import BackendUnavailableError, choose
+
+    described = flash.describe(torch.device(device))
+    refused = {"flash": described.reason} if described.backend == "none" else {}
+    try:
+        choice = choose(operation, "auto", device, rooms, refused=refused)
+    except (BackendUnavailableError, ValueError) as error:
+        return {"chosen": "none", "why": str(error)}
+    return {"chosen": choice.backend, "why": choice.reason}
 
 
 def _operations() -> dict[str, tuple[str, ...]]:
@@ -148,7 +167,7 @@ def _operations() -> dict[str, tuple[str, ...]]:
     from llm2vec_fast import kernels
 
     rooms = {
-        folder.name: tuple(name for name in ("reference", "blocked", "triton") if (folder / f"{name}.py").is_file())
+        folder.name: tuple(name for name in ROOMS if (folder / f"{name}.py").is_file())
         for folder in sorted(Path(str(kernels.__file__)).parent.iterdir())
     }
     return {name: there for name, there in rooms.items() if "reference" in there}

@@ -3,9 +3,10 @@
 import pytest
 
 from llm2vec_fast.kernels import dispatch
-from llm2vec_fast.kernels.dispatch import BackendUnavailableError, choose
+from llm2vec_fast.kernels.dispatch import BackendUnavailableError, Choice, choose
 
 ALL = ("reference", "blocked", "triton")
+FLASH = Choice("flash", "made for this GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +61,27 @@ def test_unknown_names_are_refused(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fast")
     with pytest.raises(ValueError, match="LLM2VEC_FAST_BACKEND='fast' is unknown"):
         choose("attention", "auto", "cpu", ALL)
+
+
+def test_what_is_preferred_comes_before_the_device_and_after_what_was_asked_for(monkeypatch):
+    everything = (*ALL, "flash")
+    assert choose("attention", "auto", "cuda", everything, preferred=FLASH) == FLASH
+    assert choose("attention", "triton", "cuda", everything, preferred=FLASH).backend == "triton"
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
+    assert choose("attention", "auto", "cuda", everything, preferred=FLASH).backend == "triton"
+
+
+def test_a_refused_backend_says_why_only_when_asked_for(monkeypatch):
+    refused = {"flash": "it is not installed"}
+    assert choose("attention", "auto", "cuda", (*ALL, "flash"), refused=refused).backend == "triton"
+    with pytest.raises(BackendUnavailableError, match="'flash': it is not installed"):
+        choose("attention", "flash", "cuda", (*ALL, "flash"), refused=refused)
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "flash")
+    with pytest.raises(BackendUnavailableError, match="'flash': it is not installed"):
+        choose("attention", "auto", "cuda", (*ALL, "flash"), refused=refused)
+
+
+def test_the_environment_is_passed_over_for_calls_it_cannot_have(monkeypatch):
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "flash")
+    assert choose("pool", "auto", "cuda", ALL).backend == "triton"
+    assert choose("attention", "auto", "cuda", ALL, refused={"flash": "q is float32"}).backend == "triton"

@@ -46,7 +46,7 @@ def test_mixed_dtypes_and_devices_are_refused():
         ({"scale": float("nan")}, "scale=nan"),
         ({"dropout_p": 1.0}, "dropout_p=1.0 is not a probability below 1"),
         ({"dropout_p": -0.1}, "dropout_p=-0.1"),
-        ({"backend": "flash"}, "backend='flash' is unknown"),
+        ({"backend": "cuda"}, "backend='cuda' is unknown"),
     ],
 )
 def test_settings_out_of_range_are_refused(rule, message):
