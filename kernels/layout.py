@@ -42,7 +42,8 @@ class SequenceLayout:
             device = device if device is not None else lengths.device
             host = lengths.detach().to("cpu", torch.int64)
         else:
-            host = torch.tensor(list(lengths), dtype=torch.int64)
+            device = device if device is not None else torch.get_default_device()
+            host = torch.tensor(list(lengths), dtype=torch.int64, device="cpu")
         if host.ndim != 1:
             raise ValueError(f"lengths has shape {tuple(host.shape)}: pass one length a sequence, shape (N,)")
         if host.numel() and int(host.min()) < 0:

@@ -57,7 +57,9 @@ def _build(starts: Tensor, lengths: Tensor, block: int) -> TileTable:
     tiles = (host_lengths[order] + block - 1) // block
     padded = (host_lengths[order] + PADDED_TO - 1) // PADDED_TO * PADDED_TO
     sequence = order.repeat_interleave(tiles)
-    position = (torch.arange(sequence.shape[0]) - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)) * block
+    position = (
+        torch.arange(sequence.shape[0], device="cpu") - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)
+    ) * block
     padded_start = (padded.cumsum(0) - padded).repeat_interleave(tiles)
     rows = torch.stack([sequence, position, host_starts[sequence], host_lengths[sequence], padded_start], dim=1)
     return TileTable(

@@ -172,12 +172,11 @@ def _output_rows(layout: SequenceLayout, exact: bool) -> Tensor | None:
     For a packed batch the inverse permutation (a gather is faster than a scatter), else the target rows.
     """
     starts, lengths = layout.starts.tolist(), layout.lengths.tolist()
-    targets = torch.cat(
-        [torch.arange(starts[i], starts[i] + lengths[i]) for members in _members(layout, exact) for i in members]
-    )
+    order = [i for members in _members(layout, exact) for i in members]
+    targets = torch.cat([torch.arange(starts[i], starts[i] + lengths[i], device="cpu") for i in order])
     if targets.numel() < layout.total:
         return targets.to(layout.device)
-    if torch.equal(targets, torch.arange(layout.total)):
+    if torch.equal(targets, torch.arange(layout.total, device="cpu")):
         return None
     return targets.argsort().to(layout.device)
 
@@ -206,17 +205,17 @@ def _may_pad(longest: int, count: int, tokens: int) -> bool:
 
 
 def _make_group(layout: SequenceLayout, members: tuple[int, ...]) -> _Group:
-    sequences = torch.tensor(members)
+    sequences = torch.tensor(members, device="cpu")
     starts, lengths = layout.starts.cpu().long()[sequences], layout.lengths.cpu().long()[sequences]
     sequences = sequences.to(layout.device)
     count, longest = len(members), int(lengths.max())
     if int(lengths.min()) == longest:
         first = int(starts[0])
-        if torch.equal(starts, first + torch.arange(count) * longest):
+        if torch.equal(starts, first + torch.arange(count, device="cpu") * longest):
             return _Group(count, longest, slice(first, first + count * longest), None, None, sequences)
-        rows = (starts[:, None] + torch.arange(longest)).flatten()
+        rows = (starts[:, None] + torch.arange(longest, device="cpu")).flatten()
         return _Group(count, longest, rows.to(layout.device), None, None, sequences)
-    positions = torch.arange(longest)
+    positions = torch.arange(longest, device="cpu")
     real = positions < lengths[:, None]
     rows = starts[:, None] + positions.minimum(lengths[:, None] - 1)  # padding repeats the last token
     return _Group(
