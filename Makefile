@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env install test lint format bench demo model wheel clean
+.PHONY: help env install test lint format bench codegen demo model wheel clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -34,9 +34,12 @@ format: install ## put style and formatting right
 bench: install model ## measure encoding against its peers, in one run
 	$(PY) -m benchmarks.encode
 
+codegen: install ## compile every kernel for GPUs that need not be here, and hold the machine code to the gate
+	$(PY) -m benchmarks.codegen --json benchmarks/results/codegen.json --markdown benchmarks/results/codegen.md
+
 demo: install demo/docstrings.jsonl demo/model ## embed 10,000 real texts with a real model, then ask questions
 	$(BIN)/llm2vec-fast embed demo/docstrings.jsonl --model demo/model --output demo/embeddings \
-	  --id-column id --text-column text --keep-columns text --normalize --rows-per-shard 1024
+	  --id-column id --text-column text --keep-columns text --normalize
 	$(BIN)/llm2vec-fast search demo/embeddings --top-k 5 \
 	  "read rows of a csv file" "run a command in another process and read its output" "turn an object into json"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -18,22 +19,35 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
+ELEMENTS = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
 }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel, what it is launched with, and the name it has in the report."""
+    """A kernel and what it is launched with.
+
+    Attributes:
+        name: as the report prints it.
+        kernel: the function under `triton.jit` (a heuristics or autotune wrapper is not understood).
+        arguments: every parameter by name, constexprs included, besides num_warps and num_stages.
+        products: "tensor": multiplies matrices on the chip's tensor cores, which the gate then insists on; "plain":
+            multiplies float32 without them; "none": an element-wise kernel or a reduction.
+        wide: for "none", the least share of bytes that must go to and from memory 16 bytes at a time and thread.
+    """
 
     name: str
     kernel: Any
     arguments: dict[str, Any]
+    products: Literal["tensor", "plain", "none"] = "tensor"
+    wide: float = 0.0
 
 
 def compile_for(variant: Variant, architecture: str) -> Any:
@@ -59,5 +73,7 @@ def _specialised(parameter: Any, value: Any) -> bool:
 
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
-        return POINTERS[value.dtype]
+        return f"*{ELEMENTS[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{ELEMENTS[value.base.dtype]}{list(value.block_shape)}>"
     return {bool: "i1", int: "i32", float: "fp32"}[type(value)]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.codegen import sass
 from benchmarks.codegen.compiling import Variant, compile_for
+from benchmarks.codegen.variants import Allowance, Recorded
 
 # Per SM and clock: tensor FLOP, then lanes of each pipe; an SM issues four warp instructions.
 RATES = {
@@ -19,15 +18,9 @@ RATES = {
     "sm_90": {"tensor": 4096, "mufu": 16, "fp32": 128, "integer": 64},
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+TENSOR_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "MFMA"}
 REGISTER_FILE = 65536
 COMPILE_SECONDS = 20.0
-# Spilled bytes that the gate lets pass, by kernel and architecture. In each the accumulators fill the register file,
-# and what is spilled is read and written outside the inner loop without masks, which the gate also checks.
-SPILLS_ALLOWED = {
-    ("attention-forward-D128-bfloat16", "sm_80"): 56,
-    ("attention-dk-dv-D128-bfloat16", "sm_80"): 60,
-    ("attention-dk-dv-D128-bfloat16", "sm_90"): 96,
-}
 
 
 @dataclass(frozen=True)
@@ -43,13 +36,16 @@ class Row:
     shared_bytes: int
     warps: int
     stages: int
-    blocks_per_sm: int | None
     tensor_instruction: str
-    loop: dict[str, int] | None
-    instructions_per_mflop: float | None
-    limit: str | None
-    overlapped: float | None
-    serial: float | None
+    blocks_per_sm: int | None = None
+    loop: dict[str, int] | None = None
+    instructions_per_mflop: float | None = None
+    limit: str | None = None
+    overlapped: float | None = None
+    serial: float | None = None
+    accesses: int | None = None  # loads and stores of global memory, of a kernel without products
+    wide_accesses: int | None = None  # of these, the ones that move 16 bytes a thread
+    wide_share: float | None = None  # of the bytes moved
 
 
 def measure(variant: Variant, architecture: str) -> Row:
@@ -57,7 +53,7 @@ def measure(variant: Variant, architecture: str) -> Row:
     began = _processor_seconds()
     compiled = compile_for(variant, architecture)
     seconds = _processor_seconds() - began
-    common = {
+    figures: dict[str, Any] = {
         "name": variant.name,
         "architecture": architecture,
         "compile_seconds": round(seconds, 2),
@@ -65,73 +61,85 @@ def measure(variant: Variant, architecture: str) -> Row:
         "warps": variant.arguments["num_warps"],
         "stages": variant.arguments["num_stages"],
     }
-    nothing = {
-        "blocks_per_sm": None, "loop": None, "instructions_per_mflop": None, "limit": None, "overlapped": None,
-        "serial": None,
-    }  # fmt: skip
     if "amdgcn" in compiled.asm:
-        return Row(**common, **nothing, **_amd(compiled.asm["amdgcn"]))
+        return Row(**figures, **_amd(compiled.asm["amdgcn"], variant))
     told = sass.resources(compiled.asm["ptx"], architecture)
-    said = {
+    figures |= {
         "registers": told.registers, "spilled_bytes": told.spilled_bytes, "serialised": told.serialised,
         "tensor_instruction": _ptx_tensor_instruction(compiled.asm["ptx"]),
     }  # fmt: skip
-    if architecture not in RATES:
-        return Row(**common, **said, **nothing)
-    _, loops = sass.disassemble(compiled.asm["cubin"])
-    blocks = _blocks_per_sm(told.registers, common["warps"], common["shared_bytes"], SHARED_LIMIT[architecture])
-    return Row(**common, **said, blocks_per_sm=blocks, **_leanest(loops, architecture))
+    instructions, loops = sass.disassemble(compiled.asm["cubin"])
+    if variant.products == "none":
+        return Row(**figures, **_accesses([x.bytes for x in instructions]))
+    if architecture in RATES:
+        limit = SHARED_LIMIT[architecture]
+        figures["blocks_per_sm"] = _blocks_per_sm(told.registers, figures["warps"], figures["shared_bytes"], limit)
+        figures |= _leanest(loops, architecture)
+    return Row(**figures)
 
 
-def problems(row: Row) -> list[str]:
+def problems(row: Row, variant: Variant, allowed: Allowance) -> list[str]:
     """Why a row fails the gate, in words; empty where it passes."""
     wrong = []
+    loop = row.loop or {}
     if row.shared_bytes > SHARED_LIMIT[row.architecture]:
         wrong.append(f"needs {row.shared_bytes} bytes of shared memory, the chip has {SHARED_LIMIT[row.architecture]}")
     if row.compile_seconds > COMPILE_SECONDS:
         wrong.append(f"took {row.compile_seconds} s to compile")
-    if row.architecture in RATES and row.spilled_bytes > SPILLS_ALLOWED.get((row.name, row.architecture), 0):
-        wrong.append(f"spills {row.spilled_bytes} bytes")
-    if row.loop is not None and row.loop.get("local"):
-        wrong.append(f"has {row.loop['local']} spills in its inner loop")
+    if row.architecture in RATES and row.spilled_bytes > allowed.spilled_bytes:
+        wrong.append(f"spills {row.spilled_bytes} bytes, {allowed.spilled_bytes} are allowed")
+    if loop.get("local", 0) > allowed.loop_spills:
+        wrong.append(f"has {loop['local']} spills in its inner loop, {allowed.loop_spills} are allowed")
     if row.serialised:
         wrong.append("its wgmmas are serialised")
-    if row.architecture == "sm_90" and "float32" not in row.name and row.tensor_instruction != "wgmma":
-        wrong.append(f"multiplies by {row.tensor_instruction or 'no tensor instruction'}, not wgmma")
-    if row.loop is not None and row.stages > 1 and not row.loop.get("asynchronous"):
+    tensor = allowed.tensor_instruction or TENSOR_INSTRUCTION[row.architecture]
+    if variant.products == "tensor" and row.tensor_instruction != tensor:
+        wrong.append(f"multiplies by {row.tensor_instruction or 'no tensor instruction'}, not {tensor}")
+    if loop and row.stages > 1 and not loop.get("asynchronous") and not allowed.synchronous:
         wrong.append("copies nothing asynchronously in its loop")
+    if row.wide_share is not None and row.wide_share < variant.wide:
+        wrong.append(f"moves {row.wide_share:.0%} of its bytes 16 at a time, {variant.wide:.0%} are asked for")
     return wrong
 
 
 def table(rows: Iterable[Row]) -> str:
-    """A Markdown table; wi/MF is warp instructions a MFLOP of the inner loop, the last columns are shares of peak."""
+    """A Markdown table; wi/MF is warp instructions a MFLOP of the inner loop, then come shares of peak."""
     heads = (
-        "kernel",
-        "chip",
-        "regs",
-        "spill B",
-        "smem KB",
-        "blocks/SM",
-        "tensor",
-        "wi/MF",
-        "limit",
-        "overlap",
-        "serial",
-    )
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row in rows:
-        cells = (
-            row.name, row.architecture, row.registers, row.spilled_bytes, round(row.shared_bytes / 1024),
-            row.blocks_per_sm, row.tensor_instruction + (" serialised" if row.serialised else ""),
+        "kernel", "chip", "warps", "stages", "regs", "spill B", "smem KB", "blocks/SM", "tensor", "wi/MF", "limit",
+        "overlap", "serial", "16 B accesses",
+    )  # fmt: skip
+    lines = [
+        (
+            row.name, row.architecture, row.warps, row.stages, row.registers, row.spilled_bytes,
+            round(row.shared_bytes / 1024), row.blocks_per_sm,
+            row.tensor_instruction + (" serialised" if row.serialised else ""),
             row.instructions_per_mflop, row.limit, row.overlapped, row.serial,
-        )  # fmt: skip
-        lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+            None if row.accesses is None else f"{row.wide_accesses} of {row.accesses} ({row.wide_share:.0%} of bytes)",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return _markdown(heads, lines)
 
 
-def write_json(rows: Iterable[Row], path: Path) -> None:
+def recorded_table(figures: Iterable[Recorded]) -> str:
+    """A Markdown table of other people's figures."""
+    heads = ("source (recorded)", "kernel", "chip", "configuration", "regs", "spilled accesses", "wi/MF", "note")
+    lines = [
+        (x.source, x.kernel, x.architecture, x.configuration, x.registers, x.spills, x.instructions_per_mflop, x.note)
+        for x in figures
+    ]
+    return _markdown(heads, lines)
+
+
+def as_json(rows: Iterable[Row], figures: Iterable[Recorded]) -> dict[str, Any]:
     """Every figure of every row."""
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return {"rows": [asdict(row) for row in rows], "recorded": [asdict(figure) for figure in figures]}
+
+
+def _markdown(heads: tuple[str, ...], lines: Iterable[tuple[Any, ...]]) -> str:
+    text = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    text += ["| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |" for cells in lines]
+    return "\n".join(text)
 
 
 def _processor_seconds() -> float:
@@ -144,7 +152,7 @@ def _leanest(loops: list[list[sass.Instruction]], architecture: str) -> dict[str
     multiplying = [(loop, sum(x.flops for x in loop)) for loop in loops]
     multiplying = [(loop, flops) for loop, flops in multiplying if flops]
     if not multiplying:
-        return {"loop": None, "instructions_per_mflop": None, "limit": None, "overlapped": None, "serial": None}
+        return {}
     loop, flops = min(multiplying, key=lambda pair: len(pair[0]) / pair[1])
     counts = sass.pipes(loop)
     rates = RATES[architecture]
@@ -162,6 +170,14 @@ def _leanest(loops: list[list[sass.Instruction]], architecture: str) -> dict[str
     }
 
 
+def _accesses(sizes: Iterable[int]) -> dict[str, Any]:
+    """How many loads and stores of global memory move 16 bytes a thread, from the bytes each moves."""
+    sizes = [size for size in sizes if size]
+    wide = [size for size in sizes if size >= 16]
+    share = round(sum(wide) / sum(sizes), 3) if sizes else 0.0
+    return {"accesses": len(sizes), "wide_accesses": len(wide), "wide_share": share}
+
+
 def _blocks_per_sm(registers: int, warps: int, shared: int, limit: int) -> int:
     by_registers = REGISTER_FILE // (-(-registers // 8) * 8 * 32 * warps)
     by_shared = limit // max(1, shared + 1024)
@@ -172,13 +188,28 @@ def _ptx_tensor_instruction(ptx: str) -> str:
     return next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "")
 
 
-def _amd(text: str) -> dict[str, Any]:
+def _amd(text: str, variant: Variant) -> dict[str, Any]:
     def figure(name: str) -> int:
         return max((int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", text)), default=0)
 
-    return {
+    figures = {
         "registers": figure("vgpr_count"),
         "spilled_bytes": 4 * (figure("vgpr_spill_count") + figure("sgpr_spill_count")),
         "serialised": False,
         "tensor_instruction": "MFMA" if "v_mfma" in text else "",
     }
+    if variant.products != "none":
+        return figures
+    words = re.findall(r"\b(?:global|buffer|flat)_(?:load|store)_(\w+)", text)
+    bits = {
+        "ubyte": 1,
+        "sbyte": 1,
+        "byte": 1,
+        "ushort": 2,
+        "sshort": 2,
+        "short": 2,
+        "dwordx2": 8,
+        "dwordx3": 12,
+        "dwordx4": 16,
+    }
+    return figures | _accesses([bits.get(word, 4) for word in words])

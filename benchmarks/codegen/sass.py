@@ -58,6 +58,14 @@ class Instruction:
                 return 2 * 16 * 8 * 8
         return 0
 
+    @property
+    def bytes(self) -> int:
+        """What a load from or store to global memory moves for a thread; 0 for any other instruction."""
+        if PIPE_OF.get(self.word) != "global":
+            return 0
+        width = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", self.name)
+        return int(width[1]) // 8 if width else 4
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -90,6 +98,11 @@ def disassemble(cubin: bytes) -> tuple[list[Instruction], list[list[Instruction]
         file.flush()
         command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parse(listing)
+
+
+def parse(listing: str) -> tuple[list[Instruction], list[list[Instruction]]]:
+    """The same from nvdisasm's text."""
     blocks, successors = _control_flow(listing)
     loops = [
         body

@@ -15,17 +15,22 @@ from torch import Tensor
 
 from ..tiles import PADDED_TO, TileTable, tile_table
 from . import configurations
-from .triton import (
-    TILE_FIELDS,
-    Rule,
+from .triton_launch import Rule, describable, readable, sources, strides
+from .triton_parts import (
+    _add_product,
     _exponent_scale,
+    _inner,
     _kept,
     _key_range,
     _load_rows,
+    _load_tile,
+    _masked_tile,
+    _rows_of,
     _scores,
+    _store_rows,
+    _times,
     _visible,
-    readable,
-    strides,
+    _zeros,
 )
 
 
@@ -34,23 +39,19 @@ def _prepare_kernel(p_grad, p_out, p_lse, p_delta, p_padded_lse, p_tiles, rows, 
                     stride_g, stride_gh, stride_o, stride_oh,
                     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """delta = Σ dO·O a row and the log-sum-exp, both (Hq, padded_rows) with each sequence padded: no masks later."""
-    p_tile = p_tiles + tl.program_id(0) * TILE_FIELDS
-    first_q = tl.load(p_tile + 1)
-    start = tl.load(p_tile + 2).to(tl.int64)
-    length = tl.load(p_tile + 3)
-    padded_start = tl.load(p_tile + 4).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    o_q = tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, BLOCK_D)
-    m_q = first_q + o_q < length
-    row = start + first_q
+    _sequence, first_q, start, length, padded_start = _load_tile(p_tiles)
+    head = tl.program_id(1)
+    grads = _rows_of(p_grad, None, stride_g, stride_gh, start, length, head, False)
+    outs = _rows_of(p_out, None, stride_o, stride_oh, start, length, head, False)
     # [BLOCK_Q, BLOCK_D]
-    b_grad = _load_rows(p_grad + row * stride_g + head * stride_gh, stride_g, o_q, o_d, m_q, True, HEAD_DIM, BLOCK_D)
-    b_out = _load_rows(p_out + row * stride_o + head * stride_oh, stride_o, o_q, o_d, m_q, True, HEAD_DIM, BLOCK_D)
+    (b_grad,) = _load_rows(grads, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, 0)
+    (b_out,) = _load_rows(outs, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, 0)
     # [BLOCK_Q]
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
-    b_lse = tl.load(p_lse + head * rows + row + o_q, mask=m_q, other=float("inf"))
-    target = head * padded_rows + padded_start + first_q
+    o_q = first_q + tl.arange(0, BLOCK_Q)
+    head = head.to(tl.int64)
+    b_lse = tl.load(p_lse + head * rows + start + o_q, mask=o_q < length, other=float("inf"))
+    target = head * padded_rows + padded_start
     tl.store(p_delta + target + o_q, b_delta)
     tl.store(p_padded_lse + target + o_q, b_lse)
 
@@ -88,155 +89,139 @@ def _capped_slope(b_s, b_grad, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _add_queries(b_dk, b_dv, b_k, b_v, p_q, p_grad, p_lse, p_delta, stride_q, stride_g, first_q, first_k, o_d,
-                 length, window, scale, softcap, random,
+def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, p_lse, p_delta, first_q, first_k, length, window, scale,
+                 softcap, random,
                  MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                 HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-                 BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                 HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """Add what the queries first_q … give to dK and dV of one tile of keys. Scores are transposed: [BK, BQ]."""
-    o_q = tl.arange(0, BLOCK_Q)
-    o_k = tl.arange(0, BLOCK_K)
-    m_q = first_q + o_q < length
-    row = tl.to_tensor(first_q).to(tl.int64)
-    # [BLOCK_Q, BLOCK_D]
-    b_q = _load_rows(p_q + row * stride_q, stride_q, o_q, o_d, m_q, MASKED, HEAD_DIM, BLOCK_D)
+    o_q = first_q + tl.arange(0, BLOCK_Q)
+    # [BLOCK_Q, D]
+    b_q = _load_rows(queries, first_q, MASKED, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
     # [BLOCK_Q]
-    b_lse = tl.load(p_lse + first_q + o_q)
+    b_lse = tl.load(p_lse + o_q)
     # [BLOCK_K, BLOCK_Q]: K·Qᵀ rather than a transposed Q·Kᵀ, so that Pᵀ needs no trip through shared memory.
-    b_s = _scores(b_k, b_q, scale, softcap, HAS_SOFTCAP, PRECISION)
+    b_s = _scores(b_k, b_q, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_E)
     b_p = tl.exp2(tl.fma(b_s, _exponent_scale(scale, softcap, HAS_SOFTCAP), -b_lse[None, :]))
     if MASKED and (CAUSAL or HAS_WINDOW):
-        m_s = _visible(first_q + o_q, first_k + o_k, length, window, CAUSAL, HAS_WINDOW)
-        b_p = tl.where(tl.trans(m_s), b_p, 0.0)
-    # [BLOCK_Q, BLOCK_D]
-    b_grad = _load_rows(p_grad + row * stride_g, stride_g, o_q, o_d, m_q, MASKED, HEAD_DIM, BLOCK_D)
-    b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)
+        o_k = first_k + tl.arange(0, BLOCK_K)
+        b_p = tl.where(_visible(o_q[None, :], o_k[:, None], length, window, CAUSAL, HAS_WINDOW), b_p, 0.0)
+    # [BLOCK_Q, D]
+    b_grad = _load_rows(grads, first_q, MASKED, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
+    b_dp = _inner(b_v, b_grad, PRECISION, BLOCK_E)
     b_kept = b_p
     if HAS_DROPOUT:
-        seed, threshold, gain, sequence, head = random
-        m_kept = tl.trans(_kept(seed, threshold, sequence, head, first_q + o_q, first_k, BLOCK_Q, BLOCK_K))
+        gain = random[2]
+        m_kept = tl.trans(_kept(random, o_q, first_k, BLOCK_Q, BLOCK_K))
         b_kept = tl.where(m_kept, b_p * gain, 0.0)
         b_dp = tl.where(m_kept, b_dp * gain, 0.0)
-    # [BLOCK_K, BLOCK_D]
-    b_dv = tl.dot(b_kept.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
-    b_delta = tl.load(p_delta + first_q + o_q)
+    # [BLOCK_K, D]
+    b_dv = _add_product(b_dv, b_kept, b_grad, PRECISION, BLOCK_E)
+    b_delta = tl.load(p_delta + o_q)
     b_ds = _capped_slope(b_s, b_p * (b_dp - b_delta[None, :]), HAS_SOFTCAP)
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    b_dk = _add_product(b_dk, b_ds, b_q, PRECISION, BLOCK_E)
     return b_dk, b_dv
 
 
 @triton.jit(do_not_specialize=["window", "padded_rows", "threshold"])
-def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_lse, p_delta, p_dk, p_dv, p_tiles, p_seed,
+def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_lse, p_delta, p_dk, p_dv, p_tiles, p_seed,
                   stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_g, stride_gh, stride_d,
                   stride_dh, padded_rows, window, scale, softcap, threshold, gain,
                   GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                  HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-                  BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                  HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+                  HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_E: tl.constexpr):  # fmt: skip
     """One program: a tile of keys of one sequence and one key head, over every query head of its group."""
-    p_tile = p_tiles + tl.program_id(0) * TILE_FIELDS
-    sequence = tl.load(p_tile)
-    first_k = tl.load(p_tile + 1)
-    start = tl.load(p_tile + 2).to(tl.int64)
-    length = tl.load(p_tile + 3)
-    padded_start = tl.load(p_tile + 4).to(tl.int64)
-    kv_head = tl.program_id(1).to(tl.int64)
-    o_k = tl.arange(0, BLOCK_K)
-    o_d = tl.arange(0, BLOCK_D)
-    m_k = first_k + o_k < length
-    row = start + first_k
-    # [BLOCK_K, BLOCK_D]
-    b_k = _load_rows(p_k + row * stride_k + kv_head * stride_kh, stride_k, o_k, o_d, m_k, True, HEAD_DIM, BLOCK_D)
-    b_v = _load_rows(p_v + row * stride_v + kv_head * stride_vh, stride_v, o_k, o_d, m_k, True, HEAD_DIM, BLOCK_D)
-    b_dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
-    b_dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    sequence, first_k, start, length, padded_start = _load_tile(p_tiles)
+    kv_head = tl.program_id(1)
+    keys = _rows_of(p_k, None, stride_k, stride_kh, start, length, kv_head, False)
+    values = _rows_of(p_v, None, stride_v, stride_vh, start, length, kv_head, False)
+    # [BLOCK_K, D]
+    b_k = _load_rows(keys, first_k, True, False, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
+    b_v = _load_rows(values, first_k, True, False, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
+    b_dk = _zeros(BLOCK_K, BLOCK_D, BLOCK_E)
+    b_dv = _zeros(BLOCK_K, BLOCK_D, BLOCK_E)
 
     low, full_low, full_high, high = _query_range(first_k, length, window, BLOCK_Q, BLOCK_K, CAUSAL, HAS_WINDOW)
     skipped = full_high - full_low
+    ALL_FULL: tl.constexpr = DESCRIBED and not CAUSAL and not HAS_WINDOW
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
-        p_head_q = p_q + start * stride_q + head * stride_qh
-        p_head_grad = p_grad + start * stride_g + head * stride_gh
-        p_head_lse = p_lse + head * padded_rows + padded_start
-        p_head_delta = p_delta + head * padded_rows + padded_start
+        queries = _rows_of(p_q, p_q_rest, stride_q, stride_qh, start, length, head, DESCRIBED)
+        grads = _rows_of(p_grad, p_grad_rest, stride_g, stride_gh, start, length, head, DESCRIBED)
+        p_head_lse = p_lse + head.to(tl.int64) * padded_rows + padded_start
+        p_head_delta = p_delta + head.to(tl.int64) * padded_rows + padded_start
         random = (0, 0, 0, 0, 0)
         if HAS_DROPOUT:
             random = (tl.load(p_seed), threshold, gain, sequence, head)
-        for first_q in range(full_low, full_high, BLOCK_Q):
+        # Where descriptors end with the sequence, its last tile needs no mask but that of a causal or windowed rule.
+        for first_q in range(full_low, length if ALL_FULL else full_high, BLOCK_Q):
             b_dk, b_dv = _add_queries(
-                b_dk, b_dv, b_k, b_v, p_head_q, p_head_grad, p_head_lse, p_head_delta, stride_q, stride_g, first_q,
-                first_k, o_d, length, window, scale, softcap, random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
-                HAS_DROPOUT, PRECISION, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D)  # fmt: skip
-        for step in range(low, high - skipped, BLOCK_Q):
-            first_q = step + skipped
-            if CAUSAL or HAS_WINDOW:
-                first_q = tl.where(step < full_low, step, first_q)
-            b_dk, b_dv = _add_queries(
-                b_dk, b_dv, b_k, b_v, p_head_q, p_head_grad, p_head_lse, p_head_delta, stride_q, stride_g, first_q,
-                first_k, o_d, length, window, scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
-                HAS_DROPOUT, PRECISION, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D)  # fmt: skip
+                b_dk, b_dv, b_k, b_v, queries, grads, p_head_lse, p_head_delta, first_q, first_k, length, window,
+                scale, softcap, random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
+                HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
+        if not ALL_FULL:
+            for step in range(low, high - skipped, BLOCK_Q):
+                first_q = _masked_tile(step, full_low, skipped, CAUSAL or HAS_WINDOW)
+                b_dk, b_dv = _add_queries(
+                    b_dk, b_dv, b_k, b_v, queries, grads, p_head_lse, p_head_delta, first_q, first_k, length, window,
+                    scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
+                    HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
 
-    m_d = m_k[:, None] & (o_d < HEAD_DIM)[None, :]
-    o_tile = row * stride_d + kv_head * stride_dh + o_k[:, None] * stride_d + o_d[None, :]
-    tl.store(p_dk + o_tile, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_d)
-    tl.store(p_dv + o_tile, b_dv.to(p_dv.dtype.element_ty), mask=m_d)
+    o_row = tl.arange(0, BLOCK_K)
+    m_k = first_k + o_row < length
+    o_tile = (start.to(tl.int64) + first_k) * stride_d + kv_head.to(tl.int64) * stride_dh
+    b_dk = _times(b_dk, scale, BLOCK_E)
+    _store_rows(p_dk + o_tile, stride_d, o_row, m_k, b_dk, HEAD_DIM, BLOCK_D, BLOCK_E)
+    _store_rows(p_dv + o_tile, stride_d, o_row, m_k, b_dv, HEAD_DIM, BLOCK_D, BLOCK_E)
 
 
 @triton.jit
-def _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, p_k, p_v, stride_k, stride_v, first_k, o_q, o_d,
-              length, window, scale, softcap, random,
+def _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale, softcap, random,
               MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-              HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-              BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+              HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr,
+              BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """Add what the keys first_k … give to dQ of one tile of queries."""
-    o_k = tl.arange(0, BLOCK_K)
-    m_k = first_k + o_k < length
-    row = tl.to_tensor(first_k).to(tl.int64)
-    # [BLOCK_K, BLOCK_D]
-    b_k = _load_rows(p_k + row * stride_k, stride_k, o_k, o_d, m_k, MASKED, HEAD_DIM, BLOCK_D)
-    b_v = _load_rows(p_v + row * stride_v, stride_v, o_k, o_d, m_k, MASKED, HEAD_DIM, BLOCK_D)
+    # [BLOCK_K, D]
+    b_k = _load_rows(keys, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
+    b_v = _load_rows(values, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
     # [BLOCK_Q, BLOCK_K]
-    b_s = _scores(b_q, b_k, scale, softcap, HAS_SOFTCAP, PRECISION)
+    b_s = _scores(b_q, b_k, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_E)
     b_p = tl.exp2(tl.fma(b_s, _exponent_scale(scale, softcap, HAS_SOFTCAP), -b_lse[:, None]))
     if MASKED:
         # Keys past the end are zeros: unmasked, their weight 2^−lse would overflow where every logit is very negative.
-        b_p = tl.where(_visible(o_q, first_k + o_k, length, window, CAUSAL, HAS_WINDOW), b_p, 0.0)
-    b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
+        o_k = first_k + tl.arange(0, BLOCK_K)
+        b_p = tl.where(_visible(o_q[:, None], o_k[None, :], length, window, CAUSAL, HAS_WINDOW), b_p, 0.0)
+    b_dp = _inner(b_grad, b_v, PRECISION, BLOCK_E)
     if HAS_DROPOUT:
-        seed, threshold, gain, sequence, head = random
-        m_kept = _kept(seed, threshold, sequence, head, o_q, first_k, BLOCK_Q, BLOCK_K)
-        b_dp = tl.where(m_kept, b_dp * gain, 0.0)
+        gain = random[2]
+        b_dp = tl.where(_kept(random, o_q, first_k, BLOCK_Q, BLOCK_K), b_dp * gain, 0.0)
     b_ds = _capped_slope(b_s, b_p * (b_dp - b_delta[:, None]), HAS_SOFTCAP)
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return _add_product(b_dq, b_ds, b_k, PRECISION, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["window", "padded_rows", "threshold"])
-def _dq_kernel(p_q, p_k, p_v, p_grad, p_lse, p_delta, p_dq, p_tiles, p_seed,
+def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_lse, p_delta, p_dq, p_tiles, p_seed,
                stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_g, stride_gh, stride_d,
                stride_dh, padded_rows, window, scale, softcap, threshold, gain,
                GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-               HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-               BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+               HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr,
+               BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One program: a tile of queries of one sequence and one head."""
-    p_tile = p_tiles + tl.program_id(0) * TILE_FIELDS
-    sequence = tl.load(p_tile)
-    first_q = tl.load(p_tile + 1)
-    start = tl.load(p_tile + 2).to(tl.int64)
-    length = tl.load(p_tile + 3)
-    padded_start = tl.load(p_tile + 4).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    p_k += start * stride_k + head // GROUP * stride_kh
-    p_v += start * stride_v + head // GROUP * stride_vh
-    o_q = tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, BLOCK_D)
-    m_q = first_q + o_q < length
-    row = start + first_q
-    # [BLOCK_Q, BLOCK_D]
-    b_q = _load_rows(p_q + row * stride_q + head * stride_qh, stride_q, o_q, o_d, m_q, True, HEAD_DIM, BLOCK_D)
-    b_grad = _load_rows(p_grad + row * stride_g + head * stride_gh, stride_g, o_q, o_d, m_q, True, HEAD_DIM, BLOCK_D)
+    sequence, first_q, start, length, padded_start = _load_tile(p_tiles)
+    head = tl.program_id(1)
+    keys = _rows_of(p_k, p_k_rest, stride_k, stride_kh, start, length, head // GROUP, DESCRIBED)
+    values = _rows_of(p_v, p_v_rest, stride_v, stride_vh, start, length, head // GROUP, DESCRIBED)
+    queries = _rows_of(p_q, None, stride_q, stride_qh, start, length, head, False)
+    grads = _rows_of(p_grad, None, stride_g, stride_gh, start, length, head, False)
+    # [BLOCK_Q, D]
+    b_q = _load_rows(queries, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
+    b_grad = _load_rows(grads, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
+    o_q = first_q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q]
-    b_lse = tl.load(p_lse + head * padded_rows + padded_start + first_q + o_q)
-    b_delta = tl.load(p_delta + head * padded_rows + padded_start + first_q + o_q)
-    b_dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    b_lse = tl.load(p_lse + head.to(tl.int64) * padded_rows + padded_start + o_q)
+    b_delta = tl.load(p_delta + head.to(tl.int64) * padded_rows + padded_start + o_q)
+    b_dq = _zeros(BLOCK_Q, BLOCK_D, BLOCK_E)
     random = (0, 0, 0, 0, 0)
     if HAS_DROPOUT:
         random = (tl.load(p_seed), threshold, gain, sequence, head)
@@ -244,20 +229,19 @@ def _dq_kernel(p_q, p_k, p_v, p_grad, p_lse, p_delta, p_dq, p_tiles, p_seed,
     low, full_low, full_high, high = _key_range(first_q, length, window, BLOCK_Q, BLOCK_K, CAUSAL, HAS_WINDOW)
     skipped = full_high - full_low
     for first_k in range(full_low, full_high, BLOCK_K):
-        b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, p_k, p_v, stride_k, stride_v, first_k, first_q + o_q, o_d,
-                         length, window, scale, softcap, random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
-                         PRECISION, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D)  # fmt: skip
+        b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale, softcap,
+                         random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM,
+                         BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
     for step in range(low, high - skipped, BLOCK_K):
-        first_k = step + skipped
-        if HAS_WINDOW:
-            first_k = tl.where(step < full_low, step, first_k)
-        b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, p_k, p_v, stride_k, stride_v, first_k, first_q + o_q, o_d,
-                         length, window, scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
-                         PRECISION, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D)  # fmt: skip
+        first_k = _masked_tile(step, full_low, skipped, HAS_WINDOW)
+        b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale, softcap,
+                         random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM,
+                         BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
 
-    m_d = m_q[:, None] & (o_d < HEAD_DIM)[None, :]
-    o_tile = row * stride_d + head * stride_dh + o_q[:, None] * stride_d + o_d[None, :]
-    tl.store(p_dq + o_tile, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_d)
+    o_row = tl.arange(0, BLOCK_Q)
+    p_dq += (start.to(tl.int64) + first_q) * stride_d + head.to(tl.int64) * stride_dh
+    b_dq = _times(b_dq, scale, BLOCK_E)
+    _store_rows(p_dq, stride_d, o_row, o_q < length, b_dq, HEAD_DIM, BLOCK_D, BLOCK_E)
 
 
 def attention_backward(
@@ -280,12 +264,12 @@ def attention_backward(
     if table.count == 0:
         return dq, dk, dv
     padded_lse, delta = _prepare(grad, out, lse, table)
-    config = configurations.backward_keys(q.shape[2], q.dtype, architecture)
+    config = configurations.backward_keys(q.shape[2], q.dtype, architecture, describable(q, grad))
     keys = tile_table(starts, lengths, config.block_k)
     _dk_dv_kernel[(keys.count, k.shape[1])](
         **dk_dv_arguments(q, k, v, grad, padded_lse, delta, dk, dv, keys, config, rule)
     )
-    config = configurations.backward_queries(q.shape[2], q.dtype, architecture)
+    config = configurations.backward_queries(q.shape[2], q.dtype, architecture, describable(k, v))
     queries = tile_table(starts, lengths, config.block_q)
     _dq_kernel[(queries.count, q.shape[1])](**dq_arguments(q, k, v, grad, padded_lse, delta, dq, queries, config, rule))
     return dq, dk, dv
@@ -317,9 +301,9 @@ def dk_dv_arguments(
 ) -> dict[str, object]:
     """What `_dk_dv_kernel` is launched with, by name."""
     return {
-        "p_q": q, "p_k": k, "p_v": v, "p_grad": grad, "p_lse": lse, "p_delta": delta, "p_dk": dk, "p_dv": dv,
-        "p_tiles": table.rows, "padded_rows": lse.shape[1], **strides(q=q, k=k, v=v, g=grad, d=dk),
-        **rule.arguments(q, k), **config.arguments(),
+        **sources(config, config.block_q, q=q, grad=grad), "p_k": k, "p_v": v, "p_lse": lse, "p_delta": delta,
+        "p_dk": dk, "p_dv": dv, "p_tiles": table.rows, "padded_rows": lse.shape[1],
+        **strides(q=q, k=k, v=v, g=grad, d=dk), **rule.arguments(q, k), **config.arguments(q.shape[2]),
     }  # fmt: skip
 
 
@@ -337,7 +321,7 @@ def dq_arguments(
 ) -> dict[str, object]:
     """What `_dq_kernel` is launched with, by name."""
     return {
-        "p_q": q, "p_k": k, "p_v": v, "p_grad": grad, "p_lse": lse, "p_delta": delta, "p_dq": dq,
-        "p_tiles": table.rows, "padded_rows": lse.shape[1], **strides(q=q, k=k, v=v, g=grad, d=dq),
-        **rule.arguments(q, k), **config.arguments(),
+        "p_q": q, "p_grad": grad, **sources(config, config.block_k, k=k, v=v), "p_lse": lse, "p_delta": delta,
+        "p_dq": dq, "p_tiles": table.rows, "padded_rows": lse.shape[1], **strides(q=q, k=k, v=v, g=grad, d=dq),
+        **rule.arguments(q, k), **config.arguments(q.shape[2]),
     }  # fmt: skip

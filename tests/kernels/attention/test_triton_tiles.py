@@ -1,0 +1,112 @@
+"""Tiles copied by descriptor, and heads split into two blocks of columns, are as exact as plain ones."""
+
+from itertools import product
+
+import pytest
+import torch
+from attention_cases import Case, make_layout, three_ways
+from numerics import GRADIENT_FACTOR, assert_error_within
+
+from llm2vec_fast.kernels.attention import attention, configurations
+from llm2vec_fast.kernels.attention.configurations import Configuration
+from llm2vec_fast.kernels.attention.triton_launch import describable
+
+CHOICES = ("forward", "backward_keys", "backward_queries")
+LENGTHS = (70, 1, 0, 16, 33)
+RULES = {
+    "plain": {},
+    "window": {"window": 20},
+    "causal": {"causal": True},
+    "all": {"causal": True, "window": 20, "softcap": 2.0, "dropout_p": 0.3, "seed": 5},
+}
+SIZES = (16, 40, 64, 72, 80, 96, 112, 160)
+
+
+def _choose(monkeypatch, config):
+    for name in CHOICES:
+        monkeypatch.setattr(configurations, name, lambda *_: config)
+
+
+def _everything(q, k, v, layout, **settings):
+    """Output, lse and the three gradients."""
+    tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*tensors, layout, return_lse=True, **settings)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float16)
+    return out, lse, *torch.autograd.grad(out, tensors, upstream.to(out.dtype))
+
+
+def _assert_exact(case, dtype):
+    results = three_ways(case, dtype, "triton", call=_everything)
+    for name, *three in zip(("output", "lse", "dq", "dk", "dv"), *results, strict=True):
+        factor = GRADIENT_FACTOR if name.startswith("d") else 2.0
+        assert_error_within(*three, factor=factor, name=name)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layout", ["packed", "both"])
+@pytest.mark.parametrize(("described", "split"), list(product((False, True), repeat=2)))
+def test_every_loop_with_small_tiles(monkeypatch, described, split, layout, rule):
+    _choose(monkeypatch, Configuration(16, 16, 4, 2, described, split))
+    _assert_exact(Case(LENGTHS, 2, 1, 40, layout, RULES[rule]), torch.float32)
+
+
+@pytest.mark.parametrize("head_dim", SIZES)
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
+def test_split_heads_of_every_size(monkeypatch, described, head_dim):
+    _choose(monkeypatch, Configuration(32, 16, 4, 2, described, split=True))
+    _assert_exact(Case((40, 9), 2, 1, head_dim), torch.float16)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_descriptors_give_the_bits_that_pointers_give(monkeypatch, rule):
+    case = Case(LENGTHS, 4, 2, 24, "left", RULES[rule])
+    results = []
+    for described in (False, True):
+        _choose(monkeypatch, Configuration(16, 32, 4, 2, described))
+        inputs = case.inputs(torch.float16)
+        results.append(_everything(*inputs, case.sequence_layout(), backend="triton", **case.settings))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_a_descriptor_ends_with_its_sequence(monkeypatch):
+    _choose(monkeypatch, Configuration(16, 16, 4, 2, described=True))
+    case = Case((40, 70, 3))
+    tensors = case.inputs(torch.float32)
+    alone = _everything(*(x[:40] for x in tensors), make_layout("packed", (40,)), backend="triton")
+    for x in tensors:
+        x[40:110] = float("nan")
+    together = _everything(*tensors, case.sequence_layout(), backend="triton")
+    for ours, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours[:40], expected)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100", "gfx942"])
+def test_what_is_chosen_for_other_chips_computes_the_same(monkeypatch, architecture):
+    monkeypatch.setattr(configurations, "architecture_of", lambda _: architecture)
+    for head_dim in (64, 80):
+        _assert_exact(Case((150, 9), 2, 1, head_dim), torch.float16)
+
+
+def test_tensors_that_no_descriptor_can_describe_are_known():
+    x = torch.zeros(40, 4, 80, dtype=torch.float16)
+    assert describable(x, x[3:, 1:, :64])
+    assert not describable(x, x[:, :, 1:65])  # starts beside a multiple of 16 bytes
+    assert not describable(x.new_zeros(40, 4, 20))  # heads start beside them
+    assert not describable(x[:1, :1].expand(40, 4, 80))
+
+
+@pytest.mark.parametrize("choose", [getattr(configurations, name) for name in CHOICES])
+def test_they_are_then_read_by_pointers(choose):
+    assert choose(64, torch.float16, "sm_90", True).described
+    assert not choose(64, torch.float16, "sm_90", False).described
+    assert not choose(64, torch.float16, "sm_80", True).described
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "widths"),
+    [(8, (16, 0)), (16, (16, 0)), (40, (32, 16)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (112, (128, 0)),
+     (160, (128, 32)), (256, (256, 0))],
+)  # fmt: skip
+def test_heads_are_split_only_where_it_saves_columns(head_dim, widths):
+    assert Configuration(16, 16, 4, 2, split=True).widths(head_dim) == widths
+    assert Configuration(16, 16, 4, 2).widths(head_dim) == (configurations.block_d(head_dim), 0)
