@@ -1,11 +1,98 @@
-"""Without a GPU, Triton kernels are tested through Triton's interpreter, chosen before Triton is imported.
+"""Tests run on the CPU, Triton's kernels by its interpreter; or, by --device, on a GPU by their compiled code.
 
-It does not change what backend="auto" picks: dispatch leaves the interpreter to tests that ask for backend="triton".
+The interpreter must be chosen before Triton is imported. It does not change what backend="auto" picks: dispatch leaves
+it to tests that ask for backend="triton". On a GPU a test makes its tensors there without saying so, and whatever is
+tested in float16 is tested in bfloat16 too, which the interpreter cannot multiply.
 """
 
-import os
+from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+VARIABLE = "LLM2VEC_FAST_TEST_DEVICE"
+# These speak of CPU tensors or of what only a CPU has.
+CPU_FOLDERS = ("kernels/linear/", "llm2vec_fast/", "benchmarks/", "real/")
+CPU_TESTS = frozenset({
+    "test_autocast_decides_the_dtype",
+    "test_autocast_reaches_forward_and_backward",
+    "test_float64_on_triton_is_refused",
+    "test_mixed_dtypes_and_devices_are_refused",
+})  # fmt: skip
+CPU_FILES = ("test_flash.py", "test_dispatch.py", "test_default_device.py")
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything can have imported Triton; --device takes it back
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default=os.environ.get(VARIABLE, "cpu"), help=f"cpu or cuda: where kernel tests run (${VARIABLE})"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device == "cpu":
+        return
+    os.environ["TRITON_INTERPRET"] = "0"
+    torch.set_default_device(device)
+
+    class GeneratorOnDevice(torch.Generator):
+        """Tests seed `torch.Generator()`, which would be one for the CPU."""
+
+        def __new__(cls, device: str = device) -> torch.Generator:
+            return super().__new__(cls, device)
+
+    torch.Generator = GeneratorOnDevice
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """On a GPU, add a bfloat16 test to every float16 one."""
+    if metafunc.config.getoption("--device") == "cpu":
+        return
+    definition = metafunc.definition
+    for holder in (definition, *definition.listchain()):
+        holder.own_markers[:] = [_with_bfloat16(mark) for mark in holder.own_markers]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cpu":
+        return
+    skip = pytest.mark.skip(reason="speaks of CPU tensors")
+    for item in items:
+        name, path = item.originalname if isinstance(item, pytest.Function) else item.name, item.path.as_posix()
+        if name in CPU_TESTS or item.path.name in CPU_FILES or any(f"tests/{part}" in path for part in CPU_FOLDERS):
+            item.add_marker(skip)
+
+
+def _with_bfloat16(mark: pytest.Mark) -> pytest.Mark:
+    if mark.name != "parametrize":
+        return mark
+    names = [name.strip() for name in mark.args[0].split(",")] if isinstance(mark.args[0], str) else list(mark.args[0])
+    if "dtype" not in names or len(mark.args) < 2:
+        return mark
+    values = [_values(each, len(names)) for each in mark.args[1]]
+    at = names.index("dtype")
+    have = {tuple(map(repr, value)) for value in values}
+    more = [[torch.bfloat16 if i == at else x for i, x in enumerate(v)] for v in values if v[at] is torch.float16]
+    added = [_parameter(value) for value in more if tuple(map(repr, value)) not in have]
+    ids = mark.kwargs.get("ids")
+    named = {"ids": [*ids, *("bfloat16" for _ in added)]} if isinstance(ids, list | tuple) else {}
+    arguments = (mark.args[0], [*mark.args[1], *added])
+    return pytest.Mark("parametrize", arguments, {**mark.kwargs, **named}, _ispytest=True)
+
+
+def _values(parameter: Any, count: int) -> list[Any]:
+    if hasattr(parameter, "values") and hasattr(parameter, "marks"):
+        return list(parameter.values)
+    return [parameter] if count == 1 else list(parameter)
+
+
+def _parameter(values: Iterable[Any]) -> Any:
+    values = list(values)
+    return pytest.param(*values, id="-".join(str(x).removeprefix("torch.") for x in values))

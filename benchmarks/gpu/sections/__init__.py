@@ -1,0 +1,1 @@
+"""The sections of the GPU suite. Each has `rows(context)`, which yields one dictionary a finding as it is made."""
