@@ -6,10 +6,11 @@ if __name__ == "kernels":
     __version__ = "0"
 else:
     from .attention import attention
+    from .cross_entropy import linear_cross_entropy
     from .layout import SequenceLayout
     from .linear import linear
     from .pooling import pool
     from .rms_norm import rms_norm
     from .rotary import rotary
 
-    __all__ = ["SequenceLayout", "attention", "linear", "pool", "rms_norm", "rotary"]
+    __all__ = ["SequenceLayout", "attention", "linear", "linear_cross_entropy", "pool", "rms_norm", "rotary"]

@@ -1,0 +1,176 @@
+"""Cross-entropy of a linear layer that never writes its logits, over the rows that have a label."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..dispatch import choose_for
+from .operator import labelled, linear_cross_entropy_operator, refuse_wrong_labels, spread
+from .parallel import linear_cross_entropy_parallel
+from .reference import statistics_reference
+from .rule import Rule
+
+__all__ = ["CrossEntropy", "linear_cross_entropy"]
+
+_ALL = ("reference", "blocked", "triton")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class CrossEntropy(NamedTuple):
+    """What `linear_cross_entropy` returns when more than the loss is asked for."""
+
+    loss: Tensor
+    accuracy: Tensor | None  # () float32: the share of labelled rows whose label has the highest logit
+    log_probs: Tensor | None  # (T,) float32: log-probability of each label, 0 on ignored rows; without gradient
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    return_accuracy: bool = False,
+    return_log_probs: bool = False,
+    check_labels: bool | None = None,
+    backend: str = "auto",
+) -> Tensor | CrossEntropy:
+    """Cross-entropy of hidden · weightᵀ + bias with the labels, without ever holding all these logits.
+
+    Rows whose label is ``ignore_index`` are dropped before any product.
+
+    Args:
+        hidden: (T, d) rows; float16, bfloat16 or float32 (float64 but on Triton).
+        weight: (V, d) in the same dtype.
+        labels: (T,) int64 or int32, from 0 to V − 1, or ``ignore_index``.
+        bias: (V,) in the same dtype, or None.
+        softcap: logits become softcap · tanh(logits / softcap), as in Gemma 2.
+        label_smoothing: ε; the target is 1 − ε on the label and ε / V on every entry, as in F.cross_entropy.
+        z_loss: adds z_loss · lse² to each row's loss, lse the log-sum-exp of its logits (PaLM used 1e-4).
+        reduction: "mean" over the labelled rows, "sum", or "none" for (T,) losses with 0 on ignored rows.
+        group: processes that hold the vocabulary together, each the ``weight`` and ``bias`` of its own consecutive
+            entries, in the order of their ranks; slices may differ in size. Hidden states and labels are the same on
+            all of them, labels counted over the whole vocabulary; so are the loss and the gradient of ``hidden``.
+        return_accuracy, return_log_probs: also return these, in a `CrossEntropy`.
+        check_labels: look for labels out of range and refuse them. None: on the CPU always, on a GPU, where looking
+            makes the host wait, never; such a row's loss is NaN there, and nothing out of bounds is read.
+        backend: "auto", "reference", "blocked" or "triton".
+
+    Returns:
+        The loss in float32 (float64 for float64), () or (T,); or a `CrossEntropy`. With no labelled row, "sum" and
+        "mean" are 0 with zero gradients, and the accuracy is 0: a batch that happens to have no label spoils nothing.
+
+    Under autocast, hidden, weight and bias are cast first. Softmax and sums are in float32, as is the accumulator of
+    each gradient. Every combination of requires_grad computes what it needs and no more, and results are the same to
+    the last bit from run to run. Gradients of gradients are not available.
+
+    Products, each over the labelled rows only: the loss takes 1. blocked forms the gradient of ``hidden`` already in
+    the forward pass, from logits it then has: loss and gradient take 2, as many as with all logits kept. The gradient
+    of a float32 ``weight`` is formed there too (3 in all) unless the reduction is "none"; that of a 16-bit one takes 2
+    in the backward pass (4 in all) where the labelled rows' logits exceed one block. Triton and ``group`` compute the
+    logits once more in the backward pass (3 with a frozen weight, else 4).
+
+    Memory beyond inputs and gradients, whatever V: blocked holds 48 MiB of logits and two slices of 4 MiB; Triton's
+    forward pass holds no logits beyond a tile, its backward pass 64 MiB of their gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, a setting is out of range, or a label is.
+        BackendUnavailableError: an explicit backend cannot run this call.
+
+    Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024, arXiv:2411.09009), without its
+    locks and its gradient filter; z-loss: Chowdhery et al., "PaLM" (2022, arXiv:2204.02311).
+    """
+    _check_tensors(hidden, weight, bias, labels)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (None if x is None else x.to(dtype) for x in (hidden, weight, bias))
+    _check_dtypes(hidden, weight, bias)
+    _check_settings(softcap, label_smoothing, z_loss, reduction)
+    implemented = [x for x in _ALL if (x != "triton" or hidden.dtype != torch.float64) and (x != _ALL[0] or not group)]
+    choice = choose_for("linear_cross_entropy", backend, hidden, implemented).backend
+    settings = {
+        "ignore_index": ignore_index, "softcap": softcap, "smoothing": float(label_smoothing), "z_loss": float(z_loss),
+        "reduction": reduction, "check": hidden.device.type == "cpu" if check_labels is None else check_labels,
+    }  # fmt: skip
+    if choice == "reference":
+        loss, log_probs, correct = _reference(hidden, weight, bias, labels, **settings)
+    elif group is not None:
+        loss, log_probs, correct = linear_cross_entropy_parallel(
+            hidden, weight, bias, labels, group=group, accuracy=return_accuracy, backend=choice, **settings
+        )
+    else:
+        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        settings["softcap"] = softcap or 0.0
+        loss, _, log_probs, correct, *_ = linear_cross_entropy_operator(
+            hidden, weight, bias, labels, needs=needs, accuracy=return_accuracy, backend=choice, **settings
+        )
+    if not (return_accuracy or return_log_probs):
+        return loss
+    accuracy = correct.sum() / (labels != ignore_index).sum().clamp(min=1) if return_accuracy else None
+    return CrossEntropy(loss, accuracy, log_probs if return_log_probs else None)
+
+
+def _reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the definition: loss, log-probabilities (T,) and correct (T,)."""
+    rule = Rule(settings["softcap"], settings["smoothing"], settings["z_loss"], weight.shape[0])
+    problem = labelled(hidden, weight, bias, labels, settings["ignore_index"], rule)
+    if settings["check"]:
+        refuse_wrong_labels(problem.labels, problem.rows, rule.vocabulary, settings["ignore_index"])
+    statistics = statistics_reference(problem.taken(slice(None)), weight, bias, problem.labels, rule)
+    losses = rule.losses(statistics)
+    if settings["reduction"] == "none":
+        loss = losses.new_zeros(hidden.shape[0]).index_copy(0, problem.rows, losses)
+    else:
+        loss = losses.sum() / (max(1, losses.shape[0]) if settings["reduction"] == "mean" else 1)
+    correct = statistics.label >= statistics.highest
+    return loss, spread((statistics.label - statistics.lse).detach(), problem), spread(correct, problem)
+
+
+def _check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"hidden and weight have shapes {tuple(hidden.shape)} and {tuple(weight.shape)}: "
+            "pass them as (rows, width) and (vocabulary, width), not empty"
+        )
+    if labels.shape != hidden.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: pass one int64 a row of hidden, "
+            f"({hidden.shape[0]},)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: pass one a row of weight, ({weight.shape[0]},)")
+    tensors = [x for x in (hidden, weight, bias, labels) if x is not None]
+    if len({x.device for x in tensors}) > 1:
+        where = ", ".join(str(x.device) for x in tensors)
+        raise ValueError(f"hidden, weight, bias if any, and labels are on {where}: move them to one device")
+
+
+def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dtypes = [x.dtype for x in (hidden, weight, bias) if x is not None]
+    if not hidden.is_floating_point() or len(set(dtypes)) > 1:
+        named = ", ".join(map(str, dtypes))
+        raise ValueError(f"hidden, weight and bias, if any, are {named}: pass one floating-point dtype")
+
+
+def _check_settings(softcap: float | None, label_smoothing: float, z_loss: float, reduction: str) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} is not a positive number: pass None for no cap")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing} is not between 0 and 1")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss={z_loss} is not a number from 0 on: pass 0 for none")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} is unknown: choose one of {', '.join(REDUCTIONS)}")

@@ -1,0 +1,184 @@
+"""The loss in plain PyTorch that never holds more than BLOCK_BYTES of logits, and is fast on a CPU.
+
+Forward takes blocks of rows with the whole vocabulary: the softmax of a block is then complete, and its gradient can be
+multiplied on at once. The gradient of `hidden` so costs one product more than the loss, as it does with all logits
+kept; that of a float32 `weight` too, for it accumulates in place.
+
+A 16-bit `weight` would need a float32 copy of its gradient to accumulate over blocks of rows. Where the rows do not
+fit in one block, its gradient is instead made in the backward pass from blocks of the vocabulary with all rows, which
+multiplies the logits a second time and writes every part of the gradient once, from a float32 accumulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .rule import Gradients, Problem, Rule, Statistics
+
+# Logits held at once.
+BLOCK_BYTES = 48 * 1024 * 1024
+# Of these, as many elements as stay in cache are worked on at a time, in float32.
+SLICE_ELEMENTS = 1024 * 1024
+COLUMNS_MULTIPLE = 64
+# Entries of a float32 weight multiplied at once: with few rows a product is a fifth faster so than with all entries.
+PANEL = 2048
+
+
+def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> tuple[Statistics, bool]:
+    """Statistics of the labelled rows and, for the upstream gradient ``grad`` of every row, ``gradients``.
+
+    Returns whether the weight's gradient could be formed too; the others always are.
+    """
+    count, entries = problem.labels.shape[0], problem.weight.shape[0]
+    step = max(1, BLOCK_BYTES // (entries * problem.weight.element_size()))
+    weight_grad = gradients.weight if problem.accumulator == problem.weight.dtype or step >= count else None
+    forming = gradients.hidden is not None or weight_grad is not None or gradients.bias is not None
+    buffer = problem.weight.new_empty((min(step, count), entries))
+    sums = problem.weight.new_zeros(entries, dtype=problem.accumulator) if gradients.bias is not None else None
+    parts = []
+    for first in range(0, count, step):
+        block = slice(first, min(count, first + step))
+        b_hidden = problem.taken(block)
+        b_logits = _multiply(b_hidden, problem.weight, problem.bias, buffer[: b_hidden.shape[0]])
+        parts.append(_soften(b_logits, problem, problem.labels[block], forming))
+        if gradients.hidden is not None:
+            gradients.hidden.index_copy_(0, problem.rows[block], _multiply_on(b_logits, problem.weight).mul_(grad))
+        if weight_grad is not None:
+            torch.addmm(weight_grad, b_logits.T, b_hidden, beta=1 if first else 0, alpha=grad, out=weight_grad)
+        if sums is not None:
+            sums += b_logits.sum(0, dtype=sums.dtype)
+    if gradients.bias is not None:
+        gradients.bias.copy_(sums.mul_(grad))
+    return Statistics.joined(parts), weight_grad is not None
+
+
+def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gradients) -> None:
+    """Gradients from each row's log-sum-exp and upstream gradient, both (N,): blocks of the vocabulary, all rows."""
+    hidden, entries = problem.taken(slice(None)), problem.weight.shape[0]
+    count = hidden.shape[0]
+    columns = BLOCK_BYTES // (count * hidden.element_size()) // COLUMNS_MULTIPLE * COLUMNS_MULTIPLE
+    step = min(entries, max(COLUMNS_MULTIPLE, columns))
+    buffer = hidden.new_empty(count * step)
+    total = hidden.new_zeros(hidden.shape, dtype=problem.accumulator) if gradients.hidden is not None else None
+    for first in range(0, entries, step):
+        block = slice(first, min(entries, first + step))
+        b_weight = problem.weight[block]
+        b_bias = None if problem.bias is None else problem.bias[block]
+        b_logits = buffer[: count * b_weight.shape[0]].view(count, b_weight.shape[0])
+        _multiply(hidden, b_weight, b_bias, b_logits)
+        _slope(b_logits, problem, problem.labels - first, lse, grad)
+        if gradients.weight is not None:
+            torch.mm(b_logits.T, hidden, out=gradients.weight[block])
+        if gradients.bias is not None:
+            gradients.bias[block] = b_logits.sum(0, dtype=problem.accumulator)
+        if total is not None:
+            total += b_logits @ b_weight
+    if gradients.hidden is not None:
+        gradients.hidden.index_copy_(0, problem.rows, total.to(hidden.dtype))
+
+
+def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """hidden · weightᵀ + bias, into memory that is already there: fresh memory costs a page fault every 4 KiB."""
+    for panel in _panels(weight):
+        if bias is None:
+            torch.mm(hidden, weight[panel].T, out=out[:, panel])
+        else:
+            torch.addmm(bias[panel], hidden, weight[panel].T, out=out[:, panel])
+    return out
+
+
+def _multiply_on(b_logits: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the logits (n, V) · weight."""
+    panels = _panels(weight)
+    out = b_logits[:, panels[0]] @ weight[panels[0]]
+    for panel in panels[1:]:
+        torch.addmm(out, b_logits[:, panel], weight[panel], out=out)
+    return out
+
+
+def _panels(weight: Tensor) -> list[slice]:
+    """The parts of a weight that one product takes: all of a 16-bit one, panels that fit in cache of another."""
+    step = weight.shape[0] if weight.element_size() < 4 else PANEL
+    return [slice(first, first + step) for first in range(0, weight.shape[0], step)]
+
+
+def _soften(b_logits: Tensor, problem: Problem, labels: Tensor, forming: bool) -> Statistics:
+    """The statistics of whole rows of logits (n, V), which become their own gradient if ``forming``."""
+    rule = problem.rule
+    here = (labels >= 0) & (labels < b_logits.shape[1])
+    column = labels.where(here, 0)[:, None]
+    parts = []
+    for rows, b_x in _slices(b_logits, problem.accumulator):
+        b_slope = _bend(b_x, rule, forming)
+        label = b_x.gather(1, column[rows])[:, 0].where(here[rows], float("nan"))
+        total = b_x.sum(1) if rule.smoothing else None
+        highest = b_x.amax(1)
+        torch.softmax(b_x, 1, out=b_x)
+        # The highest logit's weight is 1 / Σ exp(x − highest). PyTorch's softmax takes this sum one element after the
+        # other, which over 262,144 of them costs three digits; the sum of its results, taken in pairs, restores them.
+        error = b_x.sum(1)
+        lse = highest - (b_x.amax(1) / error).log()
+        parts.append(Statistics(lse, label, total, highest))
+        if forming:
+            b_x.mul_((rule.softmax_factor(torch.ones_like(lse), lse) / error)[:, None])
+            if rule.smoothing:
+                b_x.sub_(rule.smoothing / rule.vocabulary)
+            b_logits[rows] = b_x if b_slope is None else b_x.mul_(b_slope)
+    statistics = Statistics.joined(parts)
+    if forming:
+        _set_labels(b_logits, labels, statistics.label, statistics.lse, torch.ones_like(statistics.lse), rule)
+    return statistics
+
+
+def _slope(b_logits: Tensor, problem: Problem, labels: Tensor, lse: Tensor, grad: Tensor) -> None:
+    """A block of logits (N, v), whose first entry has label 0, becomes its own gradient."""
+    rule = problem.rule
+    factor = rule.softmax_factor(grad, lse)
+    shift = lse - factor.abs().log()  # the factor in the exponent costs no pass of its own
+    signs = factor.sign() if bool((factor < 0).any()) else None
+    here = (labels >= 0) & (labels < b_logits.shape[1])
+    label = b_logits.gather(1, labels.where(here, 0)[:, None])[:, 0].to(lse.dtype)
+    _bend(label, rule, False)
+    for rows, b_x in _slices(b_logits, problem.accumulator):
+        b_slope = _bend(b_x, rule, True)
+        b_x.sub_(shift[rows, None]).exp_()
+        if signs is not None:
+            b_x.mul_(signs[rows, None])
+        if rule.smoothing:
+            b_x.sub_((grad[rows] * (rule.smoothing / rule.vocabulary))[:, None])
+        b_logits[rows] = b_x if b_slope is None else b_x.mul_(b_slope)
+    _set_labels(b_logits, labels, label, lse, grad, rule)
+
+
+def _set_labels(b_logits: Tensor, labels: Tensor, label: Tensor, lse: Tensor, grad: Tensor, rule: Rule) -> None:
+    """Write the gradient of each label's own logit, made in full precision: p − 1 must not cancel in 16 bits."""
+    rows = ((labels >= 0) & (labels < b_logits.shape[1])).nonzero()[:, 0]
+    label, lse, grad = label[rows], lse[rows], grad[rows]
+    value = rule.softmax_factor(grad, lse) * (label - lse).exp()
+    value -= grad * (1 - rule.smoothing + rule.smoothing / rule.vocabulary)
+    if rule.softcap is not None:
+        value *= 1 - (label / rule.softcap).square()
+    b_logits[rows, labels[rows]] = value.to(b_logits.dtype)
+
+
+def _bend(b_x: Tensor, rule: Rule, keep: bool) -> Tensor | None:
+    """Apply softcap in place; its slope if asked to ``keep`` it."""
+    if rule.softcap is None:
+        return None
+    b_x.div_(rule.softcap).tanh_()
+    b_slope = 1 - b_x.square() if keep else None
+    b_x.mul_(rule.softcap)
+    return b_slope
+
+
+def _slices(b_logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the block, a cacheful at a time, in ``dtype``: the logits themselves, or a copy in scratch memory."""
+    step = max(1, SLICE_ELEMENTS // b_logits.shape[1])
+    scratch = None if b_logits.dtype == dtype else b_logits.new_empty((step, b_logits.shape[1]), dtype=dtype)
+    for first in range(0, b_logits.shape[0], step):
+        rows = slice(first, first + step)
+        b_x = b_logits[rows]
+        yield rows, b_x if scratch is None else scratch[: b_x.shape[0]].copy_(b_x)

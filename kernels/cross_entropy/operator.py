@@ -1,0 +1,255 @@
+"""The loss as PyTorch operators: whole to torch.compile, differentiable, with shapes known beforehand.
+
+How many rows have a label is only known inside, so the shapes outside do not depend on it. A softcap of 0 means none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocked import forward_blocked, gradients_blocked
+from .rule import Gradients, Problem, Rule, Statistics
+
+
+@torch.library.custom_op("llm2vec_fast::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_operator(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float,
+    smoothing: float,
+    z_loss: float,
+    reduction: str,
+    needs: list[bool],
+    accuracy: bool,
+    check: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse (T,), log-probabilities (T,), correct (T,) bool; then the gradients of hidden, weight and bias for an
+    upstream gradient of 1, and (3,) bool: which of these hold their values. Only the loss is differentiable.
+
+    ``needs`` says which of hidden, weight and bias want a gradient. Gradients not formed here are empty, but the
+    blocked weight's, whose untouched memory costs nothing until the backward pass writes it.
+    """
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        rule = Rule(softcap or None, smoothing, z_loss, weight.shape[0])
+        problem = labelled(hidden, weight, bias, labels, ignore_index, rule)
+        if check:
+            refuse_wrong_labels(problem.labels, problem.rows, rule.vocabulary, ignore_index)
+        count = problem.labels.shape[0]
+        grad = 1 / max(1, count) if reduction == "mean" else 1.0
+        gradients, formed = _room(hidden, weight, bias, needs, backend), [False] * 3
+        if count == 0:
+            statistics = _no_statistics(problem)
+        elif backend == "triton":
+            from .triton import forward_triton
+
+            statistics = forward_triton(problem, accuracy)
+        else:
+            # What sums over rows can only be formed here if all rows have the same upstream gradient.
+            formable = [needs[0], *(need and reduction != "none" for need in needs[1:])]
+            into = Gradients(*(x if can else None for x, can in zip(gradients, formable, strict=True)))
+            if into.hidden is not None:
+                into.hidden.zero_()
+            statistics, with_weight = forward_blocked(problem, grad, into)
+            formed = [formable[0], with_weight, formable[2]]
+        losses = rule.losses(statistics)
+        loss = spread(losses, problem) if reduction == "none" else losses.sum() * grad
+        lse, log_probs = spread(statistics.lse, problem), spread(statistics.label - statistics.lse, problem)
+        correct = _correct(statistics, problem, accuracy)
+        return loss, lse, log_probs, correct, *gradients, torch.tensor(formed)
+
+
+@linear_cross_entropy_operator.register_fake
+def _(
+    hidden, weight, bias, labels, ignore_index, softcap, smoothing, z_loss, reduction, needs, accuracy, check, backend
+):
+    per_row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    loss = torch.empty_like(per_row) if reduction == "none" else per_row.new_empty(())
+    correct = labels.new_empty(hidden.shape[0] if accuracy else 0, dtype=torch.bool)
+    gradients = _room(hidden, weight, bias, needs, backend)
+    formed = torch.empty(3, dtype=torch.bool, device="cpu")
+    return loss, per_row, torch.empty_like(per_row), correct, *gradients, formed
+
+
+@torch.library.custom_op("llm2vec_fast::linear_cross_entropy_backward", mutates_args=())
+def linear_cross_entropy_backward_operator(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    formed: Tensor,
+    ignore_index: int,
+    softcap: float,
+    smoothing: float,
+    z_loss: float,
+    reduction: str,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias for the upstream ``grad``, () or (T,), from those already ``formed``."""
+    made = _room(hidden, weight, bias, needs, "")
+    for out, ready, have in zip(made, (dhidden, dweight, dbias), formed.tolist(), strict=True):
+        if have and out.numel():
+            out.copy_(ready)
+    rule = (ignore_index, softcap, smoothing, z_loss, reduction)
+    _finish(grad, hidden, weight, bias, labels, lse, made, formed, *rule, needs, backend)
+    return made
+
+
+@linear_cross_entropy_backward_operator.register_fake
+def _(grad, hidden, weight, bias, labels, lse, dhidden, dweight, dbias, formed, ignore_index, softcap, smoothing,
+      z_loss, reduction, needs, backend):  # fmt: skip
+    return _room(hidden, weight, bias, needs, "")
+
+
+@torch.no_grad()
+def _finish(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    gradients: Sequence[Tensor],
+    formed: Tensor,
+    ignore_index: int,
+    softcap: float,
+    smoothing: float,
+    z_loss: float,
+    reduction: str,
+    needs: list[bool],
+    backend: str,
+) -> None:
+    """Bring the gradients that are ``formed`` to the upstream ``grad`` in place, and compute the others."""
+    missing: list[Tensor | None] = [None] * 3
+    for i, ready in enumerate(formed.tolist()):
+        if needs[i] and not ready:
+            missing[i] = gradients[i]
+        elif needs[i] and not _is_one(grad):
+            gradients[i].mul_(grad[:, None] if grad.ndim else grad)
+    if all(x is None for x in missing):
+        return
+    with torch.autocast(hidden.device.type, enabled=False):
+        rule = Rule(softcap or None, smoothing, z_loss, weight.shape[0])
+        problem = labelled(hidden, weight, bias, labels, ignore_index, rule)
+        count = problem.labels.shape[0]
+        row_grad = grad.index_select(0, problem.rows) if grad.ndim else grad.expand(count)
+        row_grad = row_grad / max(1, count) if reduction == "mean" else row_grad
+        compute_gradients(problem, lse.index_select(0, problem.rows), row_grad, Gradients(*missing), backend)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, ignore_index, softcap, smoothing, z_loss, reduction, needs, *_, backend = inputs
+    _, lse, log_probs, correct, *gradients, formed = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, log_probs, correct, *gradients, formed)
+    ctx.save_for_backward(hidden, weight, bias, labels, lse)
+    # Not among the saved tensors, for the backward pass takes them over: it scales them in place.
+    ctx.gradients, ctx.formed = gradients, formed
+    ctx.rule = (ignore_index, softcap, smoothing, z_loss, reduction)
+    ctx.needs, ctx.backend = needs, backend
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
+    hidden, weight, bias, labels, lse = ctx.saved_tensors
+    gradients, formed = ctx.gradients, ctx.formed
+    if gradients is None or ctx.backend == "triton":  # a second backward pass through the same graph computes them anew
+        gradients, formed = _room(hidden, weight, bias, ctx.needs, ""), torch.zeros(3, dtype=torch.bool)
+    ctx.gradients = None
+    settings = (*ctx.rule, ctx.needs, ctx.backend)
+    if type(grad) is Tensor and not torch.is_grad_enabled():
+        _finish(grad, hidden, weight, bias, labels, lse, gradients, formed, *settings)
+    else:  # traced by a compiler, or to be differentiated again, which the operator refuses
+        gradients = linear_cross_entropy_backward_operator(
+            grad, hidden, weight, bias, labels, lse, *gradients, formed, *settings
+        )
+    return *(x if need else None for x, need in zip(gradients, ctx.needs, strict=True)), *(None,) * 10
+
+
+linear_cross_entropy_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def labelled(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, rule: Rule, first: int = 0
+) -> Problem:
+    """The problem that is left when ignored rows are dropped; labels counted from entry ``first``."""
+    rows = (labels != ignore_index).nonzero()[:, 0]
+    return Problem(hidden, weight, bias, rows, labels.index_select(0, rows).long() - first, rule)
+
+
+def refuse_wrong_labels(labels: Tensor, rows: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Refuse labels (N,) outside 0 … vocabulary − 1.
+
+    Raises:
+        ValueError: names the first such label and its row.
+    """
+    wrong = ((labels < 0) | (labels >= vocabulary)).nonzero()
+    if wrong.shape[0]:
+        first = int(wrong[0])
+        raise ValueError(
+            f"labels[{int(rows[first])}] is {int(labels[first])}: labels are 0 … {vocabulary - 1}, "
+            f"or {ignore_index} for rows to leave out"
+        )
+
+
+def compute_gradients(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gradients, backend: str) -> None:
+    """Fill ``gradients`` from the log-sum-exp and the upstream gradient of each labelled row."""
+    for x in (gradients.weight, gradients.bias) if problem.labels.shape[0] == 0 else ():
+        if x is not None:
+            x.zero_()
+    if gradients.hidden is not None:
+        gradients.hidden.zero_()
+    if problem.labels.shape[0] == 0:
+        return
+    if backend == "triton":
+        from .triton_backward import gradients_triton
+
+        gradients_triton(problem, lse, grad, gradients)
+    else:
+        gradients_blocked(problem, lse, grad, gradients)
+
+
+def spread(values: Tensor, problem: Problem) -> Tensor:
+    """(N,) values of the labelled rows → (T,), zeros on the others."""
+    return values.new_zeros(problem.hidden.shape[0]).index_copy_(0, problem.rows, values)
+
+
+def _room(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the gradients that are wanted; on Triton, which forms none in the forward pass, none."""
+    wanted = [False] * 3 if backend == "triton" else needs
+    dhidden = hidden.new_empty(hidden.shape) if wanted[0] else hidden.new_empty(0)
+    dweight = weight.new_empty(weight.shape) if wanted[1] else weight.new_empty(0)
+    dbias = bias.new_empty(bias.shape) if bias is not None and wanted[2] else weight.new_empty(0)
+    return dhidden, dweight, dbias
+
+
+def _no_statistics(problem: Problem) -> Statistics:
+    return Statistics(*problem.hidden.new_empty((4, 0), dtype=problem.accumulator))
+
+
+def _correct(statistics: Statistics, problem: Problem, accuracy: bool) -> Tensor:
+    """(T,) bool: the label's logit is the highest; nothing if not asked."""
+    if not accuracy:
+        return problem.labels.new_empty(0, dtype=torch.bool)
+    return spread(statistics.label >= statistics.highest, problem)
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Saves a pass over the gradients in the usual case; asking a GPU would make the host wait."""
+    return grad.ndim == 0 and grad.device.type == "cpu" and float(grad) == 1.0

@@ -1,0 +1,100 @@
+"""The loss with the vocabulary split over processes: each holds some rows of the weight, all hold the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .blocked import forward_blocked
+from .operator import compute_gradients, labelled, refuse_wrong_labels, spread
+from .rule import Gradients, Problem, Rule, Statistics
+
+
+def linear_cross_entropy_parallel(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, log-probabilities (T,) and correct (T,); the same on every process. Only the loss is differentiable."""
+    return _VocabularyParallel.apply(hidden, weight, bias, labels, settings)
+
+
+class _VocabularyParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, settings: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        group, ignore_index, reduction = settings["group"], settings["ignore_index"], settings["reduction"]
+        with torch.autocast(hidden.device.type, enabled=False):
+            first, vocabulary = _place(weight, group)
+            rule = Rule(settings["softcap"], settings["smoothing"], settings["z_loss"], vocabulary)
+            problem = labelled(hidden, weight, bias, labels, ignore_index, rule, first)
+            if settings["check"]:
+                refuse_wrong_labels(problem.labels + first, problem.rows, vocabulary, ignore_index)
+            statistics = _joined(_statistics(problem, settings["accuracy"], settings["backend"]), group)
+            losses = rule.losses(statistics)
+        grad = 1 / max(1, losses.shape[0]) if reduction == "mean" else 1.0
+        loss = spread(losses, problem) if reduction == "none" else losses.sum() * grad
+        log_probs = spread(statistics.label - statistics.lse, problem)
+        correct = (
+            spread(statistics.label >= statistics.highest, problem) if settings["accuracy"] else labels.new_empty(0)
+        )
+        ctx.mark_non_differentiable(log_probs, correct)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, problem.rows, problem.labels, statistics.lse)
+        ctx.rule, ctx.grad, ctx.group, ctx.backend = rule, grad, group, settings["backend"]
+        return loss, log_probs, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        hidden, weight, bias, rows, labels, lse = ctx.saved_tensors
+        gradients = Gradients(
+            *(torch.empty_like(x) if need else None
+              for x, need in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True))
+        )  # fmt: skip
+        row_grad = (grad.index_select(0, rows) if grad.ndim else grad.expand(rows.shape[0])) * ctx.grad
+        problem = Problem(hidden, weight, bias, rows, labels, ctx.rule)
+        with torch.autocast(hidden.device.type, enabled=False):
+            compute_gradients(problem, lse, row_grad, gradients, ctx.backend)
+            if gradients.hidden is not None:  # every process knows the part that its entries gave
+                total = gradients.hidden.index_select(0, rows).to(problem.accumulator)
+                dist.all_reduce(total, group=ctx.group)
+                gradients.hidden.index_copy_(0, rows, total.to(hidden.dtype))
+        return gradients.hidden, gradients.weight, gradients.bias, None, None
+
+
+def _place(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:
+    """The number of this process's first entry, and how many entries all have."""
+    here = torch.tensor([weight.shape[0]], device=weight.device)
+    sizes = [torch.empty_like(here) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, here, group=group)
+    counts = torch.cat(sizes).tolist()
+    return sum(counts[: dist.get_rank(group)]), sum(counts)
+
+
+def _statistics(problem: Problem, accuracy: bool, backend: str) -> Statistics:
+    if problem.labels.shape[0] == 0:
+        return Statistics(*problem.hidden.new_empty((4, 0), dtype=problem.accumulator))
+    if backend == "triton":
+        from .triton import forward_triton
+
+        return forward_triton(problem, accuracy)
+    return forward_blocked(problem, 1.0, Gradients())[0]
+
+
+def _joined(here: Statistics, group: dist.ProcessGroup) -> Statistics:
+    """The statistics of the whole vocabulary from every process's: two exchanges of a few numbers a row."""
+    highest = here.lse if here.highest is None else here.highest
+    peaks = torch.stack([here.lse, highest])
+    dist.all_reduce(peaks, dist.ReduceOp.MAX, group=group)
+    total = torch.zeros_like(here.lse) if here.total is None else here.total
+    absent = here.label.isnan()
+    label = here.label.masked_fill(absent, 0.0)
+    sums = torch.stack([(here.lse - peaks[0]).exp(), label, absent.to(total.dtype), total])
+    dist.all_reduce(sums, group=group)
+    label = sums[1].masked_fill(sums[2] == dist.get_world_size(group), float("nan"))  # a label that no process has
+    return Statistics(peaks[0] + sums[0].log(), label, None if here.total is None else sums[3], peaks[1])

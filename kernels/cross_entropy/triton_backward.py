@@ -1,0 +1,212 @@
+"""Gradients of the loss on a GPU: deterministic, without locks or atomics, in bounded memory.
+
+The logits' gradient is made for a block of the vocabulary at a time, in the operands' dtype, and multiplied on from
+there: with the rows it gives the weight's gradient, whose part for this block is complete and written once; with the
+block of the weight it adds to the hidden states' gradient, held in float32. One kernel makes the logits again and turns
+them into their gradient; the other multiplies. A kernel that did both would hold a tile of either gradient and make
+the logits again for each, or share the gradients between programs, under locks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention.configurations import architecture_of
+from . import configurations
+from .configurations import Configuration
+from .rule import Gradients, Problem
+from .triton import LOG2_E, _logits_tile, launchable, logits_arguments, operand, precision, readable
+
+# The logits' gradient held at once.
+BLOCK_BYTES = 64 * 1024 * 1024
+# Few rows of narrow hidden states make few programs: then the vocabulary is split over more of them.
+PROGRAMS = 264
+MOST_SPLITS = 8
+
+
+@triton.jit(do_not_specialize=["rows", "entries"])
+def _gradient_kernel(p_hidden, p_weight, p_bias, p_labels, p_lse, p_factor, p_grad, p_out, p_sums, stride_h, stride_w,
+                     stride_out, rows, entries, softcap, smoothed, kept,
+                     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SUMS: tl.constexpr, FLOAT32: tl.constexpr,
+                     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                     BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
+    """One program: a tile of the logits' gradient, zeros past the ends. Writes out, and its sums over a tile's rows."""
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    row_tile = tl.program_id(0) % row_tiles
+    first_row = row_tile * BLOCK_ROWS
+    first_entry = tl.program_id(0) // row_tiles * BLOCK_COLUMNS
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
+    b_x = _logits_tile(p_hidden, p_weight, p_bias, stride_h, stride_w, first_row, first_entry, rows, entries, softcap,
+                       HAS_BIAS, HAS_SOFTCAP, FLOAT32, DESCRIPTORS, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS,
+                       BLOCK_INNER)  # fmt: skip
+    o_row = first_row + tl.arange(0, BLOCK_ROWS)
+    o_column = tl.arange(0, BLOCK_COLUMNS)
+    o_entry = first_entry + o_column
+    m_row = o_row < rows
+    # [BLOCK_ROWS]; rows past the end have weight zero.
+    b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
+    b_factor = tl.load(p_factor + o_row, mask=m_row, other=0.0)
+    b_grad = tl.load(p_grad + o_row, mask=m_row, other=0.0)
+    b_label = tl.load(p_labels + o_row, mask=m_row, other=-1)
+    b_dx = tl.exp2((b_x - b_lse[:, None]) * LOG2_E) * b_factor[:, None] - (smoothed * b_grad)[:, None]
+    b_dx -= tl.where(o_entry[None, :] == b_label[:, None], (kept * b_grad)[:, None], 0.0)
+    if HAS_SOFTCAP:
+        b_tanh = b_x / softcap
+        b_dx *= 1.0 - b_tanh * b_tanh
+    b_dx = tl.where((o_entry < entries)[None, :], b_dx, 0.0)
+    p_tile = p_out + first_row.to(tl.int64) * stride_out + first_entry
+    o_tile = tl.arange(0, BLOCK_ROWS)[:, None] * stride_out + o_column[None, :]
+    tl.store(p_tile + o_tile, b_dx.to(p_out.dtype.element_ty))
+    if HAS_SUMS:
+        tl.store(p_sums + row_tile * stride_out + o_entry, tl.sum(b_dx, 0))
+
+
+@triton.jit
+def _columns_tile(p_rows, stride, first, count, column, BLOCK_INNER: tl.constexpr, BLOCK: tl.constexpr,
+                  WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """Rows first … and elements column …; past the last row that row again, or zeros. → [BLOCK_INNER, BLOCK]"""
+    if DESCRIPTORS:
+        return p_rows.load([first, column])
+    o_row = tl.minimum(tl.arange(0, BLOCK_INNER), count - 1 - first)
+    o_column = column + tl.arange(0, BLOCK)
+    p_tile = p_rows + tl.to_tensor(first).to(tl.int64) * stride + (o_row * stride)[:, None] + o_column[None, :]
+    if WIDTH % BLOCK == 0:
+        return tl.load(p_tile)
+    return tl.load(p_tile, mask=(o_column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "inner", "split"])
+def _product_kernel(p_a, p_b, p_out, p_scale, stride_a, stride_b, stride_out, rows, inner, split,
+                    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+                    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+                    BLOCK_INNER: tl.constexpr):  # fmt: skip
+    """out (splits, rows, WIDTH) = scale · A·B (+ out), with A (rows, inner) or its transpose, zero-padded to whole
+    tiles, and B (inner, WIDTH). One program: a tile of out, over ``split`` elements of the inner dimension."""
+    column_tiles: tl.constexpr = tl.cdiv(WIDTH, BLOCK_COLUMNS)
+    first_row = tl.program_id(0) // column_tiles * BLOCK_ROWS
+    first_column = tl.program_id(0) % column_tiles * BLOCK_COLUMNS
+    low = tl.program_id(1) * split
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
+    b_out = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for k in range(low, tl.minimum(low + split, inner), BLOCK_INNER):
+        # [BLOCK_ROWS, BLOCK_INNER]
+        if TRANSPOSED:
+            b_a = tl.trans(_block(p_a, stride_a, k, first_row, BLOCK_INNER, BLOCK_ROWS, DESCRIPTORS))
+        else:
+            b_a = _block(p_a, stride_a, first_row, k, BLOCK_ROWS, BLOCK_INNER, DESCRIPTORS)
+        # [BLOCK_INNER, BLOCK_COLUMNS]
+        b_b = _columns_tile(p_b, stride_b, k, inner, first_column, BLOCK_INNER, BLOCK_COLUMNS, WIDTH, DESCRIPTORS)
+        b_out = tl.dot(b_a, b_b, b_out, input_precision=PRECISION)
+    b_out *= tl.load(p_scale)
+    o_row = tl.arange(0, BLOCK_ROWS)
+    o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    m_out = (first_row + o_row < rows)[:, None] & (o_column < WIDTH)[None, :]
+    p_tile = p_out + (tl.program_id(1).to(tl.int64) * rows + first_row) * stride_out
+    p_tile += o_row[:, None] * stride_out + o_column[None, :]
+    if ACCUMULATE:
+        b_out += tl.load(p_tile, mask=m_out, other=0.0).to(tl.float32)
+    tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _block(p, stride, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """A tile of a matrix whose memory is whole tiles. → [ROWS, COLUMNS]"""
+    if DESCRIPTORS:
+        return p.load([first_row, first_column])
+    p_tile = p + tl.to_tensor(first_row).to(tl.int64) * stride + first_column
+    return tl.load(p_tile + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :])
+
+
+def gradients_triton(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gradients) -> None:
+    """Gradients from each labelled row's log-sum-exp and upstream gradient, both (N,) float32."""
+    hidden, weight = readable(problem.taken(slice(None))), readable(problem.weight)
+    architecture = architecture_of(hidden.device)
+    config = launchable(configurations.gradient(hidden.dtype, architecture), hidden, weight)
+    multiply = launchable(configurations.product(hidden.dtype, architecture), hidden, weight)
+    count, entries = hidden.shape[0], weight.shape[0]
+    # Gradients of a size near 1 keep their small elements in float16; a power of two changes no bit of them.
+    scale = torch.ldexp(torch.ones_like(grad[0]), torch.frexp(grad.abs().amax()).exponent - 1)
+    grad = grad / scale
+    padded = triton.cdiv(count, config.block_rows) * config.block_rows
+    columns = max(1, BLOCK_BYTES // (padded * hidden.element_size()) // config.block_columns) * config.block_columns
+    columns = min(columns, triton.cdiv(entries, config.block_columns) * config.block_columns)
+    buffer = hidden.new_empty((padded, columns))
+    sums = hidden.new_empty((padded // config.block_rows, columns), dtype=torch.float32)
+    parts = hidden.new_empty((_splits(hidden, multiply), *hidden.shape), dtype=torch.float32)
+    for first in range(0, entries, columns):
+        block = slice(first, min(entries, first + columns))
+        part = replace(problem, weight=weight[block], bias=None if problem.bias is None else problem.bias[block])
+        made = gradient_arguments(
+            hidden, part, problem.labels - first, lse, grad, buffer, None if gradients.bias is None else sums, config
+        )
+        _gradient_kernel[(padded // config.block_rows * triton.cdiv(block.stop - first, config.block_columns),)](**made)
+        if gradients.bias is not None:
+            gradients.bias[block] = sums.sum(0)[: block.stop - first] * scale
+        if gradients.weight is not None:
+            _multiply(buffer, hidden, gradients.weight[block][None], scale, True, False, multiply)
+        if gradients.hidden is not None:
+            _multiply(buffer, weight[block], parts, scale, False, first > 0, multiply)
+    if gradients.hidden is not None:
+        gradients.hidden.index_copy_(0, problem.rows, parts.sum(0).to(hidden.dtype))
+
+
+def _splits(hidden: Tensor, config: Configuration) -> int:
+    """Over how many programs each tile of the hidden states' gradient is split."""
+    tiles = triton.cdiv(hidden.shape[0], config.block_rows) * triton.cdiv(hidden.shape[1], config.block_columns)
+    return max(1, min(MOST_SPLITS, PROGRAMS // tiles))
+
+
+def _multiply(
+    a: Tensor, b: Tensor, out: Tensor, scale: Tensor, transposed: bool, accumulate: bool, config: Configuration
+) -> None:
+    """out (splits, M, d) = scale · A·B (+ out), A the block of gradients or its transpose."""
+    splits, rows, width = out.shape
+    split = triton.cdiv(triton.cdiv(b.shape[0], splits), config.block_inner) * config.block_inner
+    grid = (triton.cdiv(rows, config.block_rows) * triton.cdiv(width, config.block_columns), splits)
+    _product_kernel[grid](**product_arguments(a, b, out, scale, transposed, accumulate, split, config))
+
+
+def gradient_arguments(
+    hidden: Tensor,
+    problem: Problem,
+    labels: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    sums: Tensor | None,
+    config: Configuration,
+) -> dict[str, Any]:
+    """What `_gradient_kernel` is launched with, by name; the ahead-of-time report compiles the same."""
+    rule = problem.rule
+    return {
+        **logits_arguments(hidden, problem, config), "p_labels": labels, "p_lse": lse,
+        "p_factor": rule.softmax_factor(grad, lse), "p_grad": grad, "p_out": out, "p_sums": sums,
+        "stride_out": out.stride(0), "smoothed": rule.smoothing / rule.vocabulary, "kept": 1 - rule.smoothing,
+        "HAS_SUMS": sums is not None,
+    }  # fmt: skip
+
+
+def product_arguments(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    transposed: bool,
+    accumulate: bool,
+    split: int,
+    config: Configuration,
+) -> dict[str, Any]:
+    """What `_product_kernel` is launched with, by name."""
+    tile = (config.block_inner, config.block_rows) if transposed else (config.block_rows, config.block_inner)
+    return {
+        "p_a": operand(a, *tile, config), "p_b": operand(b, config.block_inner, config.block_columns, config),
+        "p_out": out, "p_scale": scale, "stride_a": a.stride(0), "stride_b": b.stride(0), "stride_out": out.stride(1),
+        "rows": out.shape[1], "inner": b.shape[0], "split": split, "TRANSPOSED": transposed, "ACCUMULATE": accumulate,
+        "PRECISION": precision(b), "WIDTH": b.shape[1], **config.arguments(),
+    }  # fmt: skip

@@ -1,0 +1,56 @@
+"""What each process of the vocabulary-parallel tests runs: importable by name, as spawned processes need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cross_entropy_cases import Case
+
+from llm2vec_fast.kernels.cross_entropy import linear_cross_entropy
+
+# Slices of different size; the labels of some rows are on the first process, of some on the second.
+SPLITS = (130, 203)
+CASE = Case(40, sum(SPLITS), 24, bias=True)
+RULES: list[dict[str, Any]] = [
+    {"reduction": "mean"},
+    {"reduction": "none"},
+    {"reduction": "sum", "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.01},
+]
+
+
+def run(rank: int, rendezvous: str, results: str) -> None:
+    """Loss and gradients of every rule and backend on this process's slice, written to a file of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(SPLITS))
+    found = {}
+    for backend in ("blocked", "triton"):
+        for number, rule in enumerate(RULES):
+            found[f"{backend}-{number}"] = _step(rank, backend, rule)
+    labels = CASE.labels()
+    labels[3] = sum(SPLITS)
+    try:
+        hidden, weight, _ = _slice(rank, CASE.tensors(torch.float32))
+        linear_cross_entropy(hidden, weight, labels, group=dist.group.WORLD)
+    except ValueError as error:
+        found["refused"] = str(error)
+    torch.save(found, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _step(rank: int, backend: str, rule: dict[str, Any]) -> dict[str, torch.Tensor]:
+    hidden, weight, bias = (x.requires_grad_() for x in _slice(rank, CASE.tensors(torch.float32)))
+    out = linear_cross_entropy(
+        hidden, weight, CASE.labels(), bias=bias, group=dist.group.WORLD, return_accuracy=True, return_log_probs=True,
+        backend=backend, **rule,
+    )  # fmt: skip
+    grads = torch.autograd.grad(out.loss.sum(), (hidden, weight, bias))
+    named = dict(zip(("dhidden", "dweight", "dbias"), grads, strict=True))
+    return {"loss": out.loss.detach(), "accuracy": out.accuracy, "log_probs": out.log_probs, **named}
+
+
+def _slice(rank: int, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    hidden, weight, bias = tensors
+    entries = slice(sum(SPLITS[:rank]), sum(SPLITS[: rank + 1]))
+    return hidden, weight[entries].clone(), bias[entries].clone()

@@ -1,0 +1,55 @@
+"""A vocabulary split over two processes gives the loss and gradients of one."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from cross_entropy_ranks import CASE, RULES, SPLITS, run
+from numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within
+
+from llm2vec_fast.kernels.cross_entropy import linear_cross_entropy
+from llm2vec_fast.kernels.dispatch import BackendUnavailableError
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run, (str(folder / "rendezvous"), str(folder)), nprocs=len(SPLITS))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(len(SPLITS))]
+
+
+def whole(dtype, rule):
+    """The same on one process, by the definition."""
+    tensors = [x.requires_grad_() for x in CASE.tensors(dtype)]
+    hidden, weight, bias = tensors
+    out = linear_cross_entropy(
+        hidden, weight, CASE.labels(), bias=bias, return_accuracy=True, return_log_probs=True, backend="reference",
+        **rule,
+    )  # fmt: skip
+    grads = torch.autograd.grad(out.loss.sum(), tensors)
+    named = dict(zip(("dhidden", "dweight", "dbias"), grads, strict=True))
+    return {"loss": out.loss.detach(), "accuracy": out.accuracy, "log_probs": out.log_probs, **named}
+
+
+@pytest.mark.parametrize("number", range(len(RULES)), ids=[str(rule) for rule in RULES])
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_two_processes_equal_one(ranks, backend, number):
+    plain, exact = whole(torch.float32, RULES[number]), whole(torch.float64, RULES[number])
+    first, second = (found[f"{backend}-{number}"] for found in ranks)
+    for name in ("loss", "accuracy", "log_probs", "dhidden"):
+        assert torch.equal(first[name], second[name]), f"the processes disagree on {name}"
+    joined = {name: torch.cat([first[name], second[name]]) for name in ("dweight", "dbias")}
+    for name in ("loss", "log_probs", "dhidden", "dweight", "dbias"):
+        factor = GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR
+        assert_error_within(joined.get(name, first[name]), plain[name], exact[name], factor=factor, name=name)
+    assert torch.equal(first["accuracy"], plain["accuracy"])
+
+
+def test_a_label_beyond_every_slice_is_named(ranks):
+    for found in ranks:
+        assert found["refused"].startswith("labels[3] is 333: labels are 0 … 332")
+
+
+def test_the_definition_has_no_parallel_form():
+    hidden, weight, _ = CASE.tensors(torch.float32)
+    with pytest.raises(BackendUnavailableError, match="no 'reference' implementation for this call"):
+        linear_cross_entropy(hidden, weight, CASE.labels(), group=object(), backend="reference")
