@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .kernels import rms_norm, rotary
 from .kernels.linear import ACTIVATIONS, PackedWeight, linear, pack_weight, packing_problem
+from .memory import release_file_pages
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class PackedLinear(nn.Linear):
         stamp = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
         if self._packed is None or self._packed[1] != stamp:
             self._packed = (pack_weight(self.weight), stamp)
+            release_file_pages(self.weight)  # mapped by safetensors: seldom read from now on
         return self._packed[0]
 
     def __getstate__(self) -> dict:
@@ -89,8 +91,9 @@ class FusedRMSNorm(nn.Module):
 def accelerate(model: nn.Module) -> Acceleration:
     """Make a model's forward pass without gradients faster, in place; `restore` undoes it.
 
-    Packed weights are copies: they take the memory of the layers' weights once more, and are left out where that would
-    exceed a quarter of the memory that is free. After writing to a weight through ``.data``, call this again.
+    Packed weights are copies: they take the memory of the layers' weights once more, unless those lie in a file that
+    can be read again, and are left out where they would exceed a quarter of the memory that is free. After writing to a
+    weight through ``.data``, call this again.
 
     Args:
         model: a transformers model, bare or inside a peft model; on other devices than the CPU it is left as it is.

@@ -346,7 +346,7 @@ class LLM2Vec(nn.Module):
         that is not merged is saved alone; its folder loads here, on the base it names.
 
         Args:
-            output_path: the folder; other files in it stay.
+            output_path: the folder; other files in it stay. A chat template is not written.
             merge_before_save: merge the adapter into the weights first, for good.
             save_config: write the encoder's settings as llm2vec_config.json.
         """
@@ -355,7 +355,9 @@ class LLM2Vec(nn.Module):
             self.model = merged(self.model)
         with written_beside(output_path) as folder:
             self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            tokenizer = copy.copy(self.tokenizer)
+            tokenizer.chat_template = None  # sentence-transformers would wrap every text in it; an encoder never chats
+            tokenizer.save_pretrained(folder)
             if self.checkpoint in CHECKPOINTS:
                 keep_published_name(folder, self.checkpoint)
             if save_config:

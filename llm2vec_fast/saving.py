@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 # What an earlier save may have left in the folder: read beside the new weights, it would change what is loaded.
-_STALE = ("model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
+_STALE = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "chat_template.jinja",
+)
 
 
 @contextmanager

@@ -4,9 +4,9 @@ Sequences of equal length share one batched matrix product: a forward pass over 
 layer instead of one a text. Each product is cut into blocks of queries so that the scores of a block stay in cache and
 never grow with the square of a text's length.
 
-Without gradients only sequences of exactly equal length share a call, so that nothing is padded and a text's result is
-the same to the last bit whatever shares its batch. With gradients, where batches are shuffled and lengths seldom equal,
-sequences of near-equal length are padded into one call.
+Without gradients a sequence is padded to the next multiple of a few tokens, which depends on nothing but its own
+length, so that its result is the same to the last bit whatever shares its batch. With gradients, where batches are
+shuffled and lengths seldom equal, sequences of near-equal length are padded into one call.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from .dropout import Dropout
 # Scores held at once. On 2 Zen 5 cores 0.5 to 2 MiB ran alike and 8 MiB, past the level-2 caches, half as fast.
 BLOCK_SCORES = 512 * 1024
 QUERY_BLOCK = 256
+# Without gradients, sequences of up to PADDED_LENGTH tokens are padded to a multiple of this. Besides fewer and more
+# even products that is fewer shapes, and oneDNN keeps half a MiB of generated code for every shape it has met.
+LENGTH_STEP = 16
 # With gradients, sequences share a padded call while padding stays below this part of it, up to this length.
 PADDING_SHARE = 0.15
 PADDED_LENGTH = 512
@@ -38,7 +41,8 @@ class _Group:
     length: int
     rows: slice | Tensor
     tokens: Tensor | None  # (tokens,) positions within count·length that are real; None: all of them
-    pad_keys: Tensor | None  # (count, 1, 1, length) bool, True on padding; None: none
+    unpadded: int  # keys that are real in every sequence
+    pad_keys: Tensor | None  # (count, 1, 1, length − unpadded) bool, True on padding; None: none
     sequences: Tensor  # (count,) their numbers in the layout
 
 
@@ -135,8 +139,11 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, group: _Group, step: slice, r
     hidden = rule.hidden(first, first + queries, low, high, q.device)
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
-    if group.pad_keys is not None:
-        scores = scores.masked_fill(group.pad_keys[step, ..., low:high], float("-inf"))
+    if group.pad_keys is not None and high > group.unpadded:
+        begin = max(low, group.unpadded)
+        padding = group.pad_keys[step, ..., begin - group.unpadded : high - group.unpadded]
+        # Finite: a padding query whose window holds padding alone must not become NaN, which gradients would spread.
+        scores[..., begin - low :].masked_fill_(padding, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1)
     if rule.dropout is not None:
         heads = torch.arange(kv_heads * shared, device=q.device)
@@ -162,7 +169,7 @@ def _real(out: Tensor, group: _Group) -> Tensor:
 @lru_cache(maxsize=LAYOUTS_KEPT)
 def _groups(layout: SequenceLayout, exact: bool) -> tuple[_Group, ...]:
     """Made once a layout: every layer of a forward pass asks with the same one."""
-    return tuple(_make_group(layout, members) for members in _members(layout, exact))
+    return tuple(_make_group(layout, members, exact) for members in _members(layout, exact))
 
 
 @lru_cache(maxsize=LAYOUTS_KEPT)
@@ -190,8 +197,11 @@ def _members(layout: SequenceLayout, exact: bool) -> tuple[tuple[int, ...], ...]
     tokens = 0
     for i in order:
         longest = lengths[groups[-1][0]] if groups else 0
-        padded = not exact and _may_pad(longest, len(groups[-1]) + 1 if groups else 1, tokens + lengths[i])
-        if groups and (lengths[i] == longest or padded):
+        if exact:
+            fits = _padded_length(lengths[i]) == _padded_length(longest)
+        else:
+            fits = lengths[i] == longest or _may_pad(longest, len(groups[-1]) + 1 if groups else 1, tokens + lengths[i])
+        if groups and fits:
             groups[-1].append(i)
             tokens += lengths[i]
         else:
@@ -204,17 +214,22 @@ def _may_pad(longest: int, count: int, tokens: int) -> bool:
     return longest <= PADDED_LENGTH and count * longest - tokens <= PADDING_SHARE * count * longest
 
 
-def _make_group(layout: SequenceLayout, members: tuple[int, ...]) -> _Group:
+def _padded_length(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP if length <= PADDED_LENGTH else length
+
+
+def _make_group(layout: SequenceLayout, members: tuple[int, ...], exact: bool) -> _Group:
     sequences = torch.tensor(members, device="cpu")
     starts, lengths = layout.starts.cpu().long()[sequences], layout.lengths.cpu().long()[sequences]
     sequences = sequences.to(layout.device)
-    count, longest = len(members), int(lengths.max())
-    if int(lengths.min()) == longest:
+    count, shortest, longest = len(members), int(lengths.min()), int(lengths.max())
+    longest = _padded_length(longest) if exact else longest
+    if shortest == longest:
         first = int(starts[0])
         if torch.equal(starts, first + torch.arange(count, device="cpu") * longest):
-            return _Group(count, longest, slice(first, first + count * longest), None, None, sequences)
+            return _Group(count, longest, slice(first, first + count * longest), None, longest, None, sequences)
         rows = (starts[:, None] + torch.arange(longest, device="cpu")).flatten()
-        return _Group(count, longest, rows.to(layout.device), None, None, sequences)
+        return _Group(count, longest, rows.to(layout.device), None, longest, None, sequences)
     positions = torch.arange(longest, device="cpu")
     real = positions < lengths[:, None]
     rows = starts[:, None] + positions.minimum(lengths[:, None] - 1)  # padding repeats the last token
@@ -223,6 +238,7 @@ def _make_group(layout: SequenceLayout, members: tuple[int, ...]) -> _Group:
         longest,
         rows.flatten().to(layout.device),
         real.flatten().nonzero().flatten().to(layout.device),
-        ~real[:, None, None, :].to(layout.device),
+        shortest,
+        ~real[:, None, None, shortest:].to(layout.device),
         sequences,
     )

@@ -176,7 +176,8 @@ def _run(
     settings = with_choices(settings, manifest.resolved)
     write_manifest(folder, manifest)
     total_bytes = sum(file.bytes for file in files)
-    meter = Meter(total_bytes, manifest.total("input_bytes"), manifest.total("rows"), manifest.total("bad_rows"))
+    done = (manifest.total(name) for name in ("input_bytes", "tokens", "rows", "bad_rows"))
+    meter = Meter(total_bytes, *done)
     rows_before, started = manifest.total("rows"), time.monotonic()
     corpus = Corpus(files, settings.columns, manifest.resolved["rows_per_shard"], stop)
     try:
@@ -251,7 +252,8 @@ class _Pipeline:
 
     def _encode(self, shard: Shard) -> tuple[np.ndarray, int]:
         before = self._meter.tokens
-        self._meter.begin_shard(len(shard.texts), shard.input_bytes, sum(problem.rows for problem in shard.problems))
+        bad_rows = sum(problem.rows for problem in shard.problems)
+        self._meter.begin_shard(sum(map(len, shard.texts)), shard.input_bytes, bad_rows)
         if shard.texts:
             embeddings = encode_texts(self._encoder, self._settings, shard.texts, self._on_batch)
         else:

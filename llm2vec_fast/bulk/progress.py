@@ -14,23 +14,27 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY_SECONDS = 10.0
 RECENT_SECONDS = 30.0  # the rate is that of the last half minute: an ETA should follow the corpus
+CHARACTERS_PER_TOKEN = 4.0  # a guess, used until the first part of the folder is finished
 
 
 @dataclass
 class Meter:
-    """Counts what is done. Bytes are those of the input files; they tell the tokens that are still to come."""
+    """Counts what is done. Bytes are those of the input files; they tell the tokens that are still to come.
+
+    ``done_bytes``, ``done_tokens``, ``rows`` and ``bad_rows`` start with what finished parts hold.
+    """
 
     total_bytes: int
     done_bytes: int = 0
+    done_tokens: int = 0
     rows: int = 0
     bad_rows: int = 0
     tokens: int = 0
     padded_tokens: int = 0
     clock: Callable[[], float] = time.monotonic
-    _shard_rows: int = 0
     _shard_bytes: int = 0
-    _shard_done: int = 0
-    _seen_bytes: int = 0
+    _shard_characters: int = 0
+    _shard_tokens: int = 0
     _started: float = field(init=False)
     _recent: list[tuple[float, int]] = field(default_factory=list)
 
@@ -38,16 +42,16 @@ class Meter:
         self._started = self.clock()
         self._recent.append((self._started, 0))
 
-    def begin_shard(self, rows: int, input_bytes: int, bad_rows: int) -> None:
-        """The texts of a shard go to the encoder."""
-        self._shard_rows, self._shard_bytes, self._shard_done = rows, input_bytes, 0
+    def begin_shard(self, characters: int, input_bytes: int, bad_rows: int) -> None:
+        """The texts of a shard, ``characters`` in all, go to the encoder."""
+        self._shard_characters, self._shard_bytes, self._shard_tokens = characters, input_bytes, 0
         self.bad_rows += bad_rows
 
     def batch(self, rows: int, tokens: int, padded_tokens: int) -> None:
         """A forward pass is done: ``padded_tokens`` counts every position the model computed, padding included."""
         self.rows += rows
-        self._shard_done += rows
         self.tokens += tokens
+        self._shard_tokens += tokens
         self.padded_tokens += padded_tokens
         now = self.clock()
         self._recent.append((now, self.tokens))
@@ -57,8 +61,8 @@ class Meter:
     def end_shard(self) -> None:
         """Every text of the shard is embedded, or left out."""
         self.done_bytes += self._shard_bytes
-        self._seen_bytes += self._shard_bytes
-        self._shard_bytes = 0
+        self.done_tokens += self._shard_tokens
+        self._shard_bytes = self._shard_characters = self._shard_tokens = 0
 
     @property
     def seconds(self) -> float:
@@ -76,13 +80,20 @@ class Meter:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds to go, from the tokens a byte of input gave so far; None before the first batch."""
-        within = self._shard_bytes * self._shard_done / self._shard_rows if self._shard_rows else 0.0
-        seen = self._seen_bytes + within
-        if not self.tokens or not seen or not self.tokens_per_second:
+        """Seconds to go; None before the first batch.
+
+        The tokens of a byte are those of whole parts: within one, the longest texts come first.
+        """
+        if not self.tokens_per_second:
             return None
-        remaining = max(self.total_bytes - self.done_bytes - within, 0.0)
-        return remaining * self.tokens / seen / self.tokens_per_second
+        if self.done_tokens:
+            tokens_a_byte = self.done_tokens / self.done_bytes
+        elif self._shard_bytes:
+            tokens_a_byte = self._shard_characters / CHARACTERS_PER_TOKEN / self._shard_bytes
+        else:
+            return None
+        remaining = (self.total_bytes - self.done_bytes) * tokens_a_byte - self._shard_tokens
+        return max(remaining, 0.0) / self.tokens_per_second
 
     def line(self) -> str:
         """ "12,345 rows · 1,234 tokens/s · 0.0 % padding · ETA 0:12:34"."""

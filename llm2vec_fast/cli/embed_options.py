@@ -121,7 +121,7 @@ RowsPerShard = Annotated[
     typer.Option(
         min=1,
         metavar="ROWS",
-        help="Rows of a part, which is what a stop can cost. Default: 4096 on a CPU, else 32768.",
+        help="Rows of a part, which is what a stop can cost. Default: 1024 on a CPU, else 32768.",
         rich_help_panel=WRITING,
         show_default=False,
     ),

@@ -18,17 +18,31 @@ def test_rate_padding_and_eta_come_from_tokens() -> None:
     clock = Clock()
     meter = Meter(total_bytes=1000, clock=clock)
     assert meter.line() == "0 rows · 0 tokens/s · 0.0% padding · ETA …"
-    meter.begin_shard(rows=20, input_bytes=200, bad_rows=1)
+    meter.begin_shard(characters=6000, input_bytes=200, bad_rows=1)
     clock.now += 2
     meter.batch(rows=10, tokens=300, padded_tokens=400)
-    # 100 of 1000 bytes gave 300 tokens in 2 s: the other 900 bytes are 2,700 tokens or 18 s
-    assert meter.line() == "10 rows · 150 tokens/s · 25.0% padding · 1 left out · ETA 0:00:18"
+    # no part is finished: 6,000 characters in 200 bytes foretell 7,500 tokens in 1,000; 7,200 are left
+    assert meter.line() == "10 rows · 150 tokens/s · 25.0% padding · 1 left out · ETA 0:00:48"
+    clock.now += 2
+    meter.batch(rows=10, tokens=500, padded_tokens=500)
+    meter.end_shard()
+    # 200 bytes were 800 tokens: the other 800 bytes are 3,200 tokens, at 200 a second
+    assert meter.eta_seconds == pytest.approx(16)
+
+
+def test_long_texts_first_do_not_lengthen_the_eta() -> None:
+    clock = Clock()
+    meter = Meter(total_bytes=1000, done_bytes=500, done_tokens=1000, clock=clock)
+    meter.begin_shard(characters=4000, input_bytes=500, bad_rows=0)
+    clock.now += 1
+    meter.batch(rows=1, tokens=500, padded_tokens=500)
+    assert meter.eta_seconds == pytest.approx(1.0)
 
 
 def test_what_an_earlier_run_did_counts_as_done_but_not_as_speed() -> None:
     clock = Clock()
-    meter = Meter(total_bytes=1000, done_bytes=800, rows=80, clock=clock)
-    meter.begin_shard(rows=10, input_bytes=100, bad_rows=0)
+    meter = Meter(total_bytes=1000, done_bytes=800, done_tokens=400, rows=80, clock=clock)
+    meter.begin_shard(characters=200, input_bytes=100, bad_rows=0)
     clock.now += 1
     meter.batch(10, 50, 50)
     meter.end_shard()
