@@ -53,11 +53,15 @@ def run(
 
 
 def clean(found: dict[str, Any]) -> bool:
-    """Nothing wrong, failed or cut off: what is not available here is no fault."""
+    """Nothing of ours wrong, failed or cut off: what is not available here is no fault, nor is a peer's error."""
     fine = all(entry["status"] in ("done", "not available") for entry in found["sections"].values())
-    return fine and not any(
-        row.get("verdict") in ("wrong", "failed") for entry in found["sections"].values() for row in entry["rows"]
-    )
+    rows = [row for entry in found["sections"].values() for row in entry["rows"]]
+    return fine and not any(_ours_is_at_fault(row) for row in rows)
+
+
+def _ours_is_at_fault(row: Row) -> bool:
+    wrong = row.get("verdict") == "wrong" and row.get("contender", "").startswith("ours")
+    return wrong or row.get("verdict") in ("failed", "cut off")
 
 
 def line(row: Row) -> str:
@@ -110,13 +114,8 @@ def _child(section: Section, context: Context, sender: Connection) -> None:
     except NotAvailableError as reason:
         sender.send(("end", ("not available", str(reason))))
     except BaseException as error:
-        from llm2vec_fast.kernels.dispatch import BackendUnavailableError
-
-        if isinstance(error, BackendUnavailableError):
-            sender.send(("end", ("not available", str(error))))
-        else:
-            traceback.print_exc()
-            sender.send(("end", ("failed", f"{type(error).__name__}: {error}")))
+        traceback.print_exc()
+        sender.send(("end", ("failed", f"{type(error).__name__}: {error}")))
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> None:

@@ -21,6 +21,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     if report.when != "call" and report.outcome == "passed":
         return
-    message = str(report.longrepr).strip().splitlines()[-1] if report.failed else ""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = str(crash.message if crash else report.longrepr).splitlines()[0][:300] if report.failed else ""
     with Path(path).open("a") as log:
         log.write(json.dumps({"test": report.nodeid, "outcome": report.outcome, "message": message}) + "\n")

@@ -35,6 +35,7 @@ SMOKE_CASES = ((16, "real"), (16, "16"))
 SMOKE_TOKENS, SMOKE_LONGEST = 32, 13
 JUDGED_HEADS = 2
 SECONDS_A_CASE = 8.0
+SECONDS_TO_COMPILE_FLEX = 30.0
 LARGEST_PADDED = 24 * 2**30  # bytes of one contender's tensors
 
 
@@ -66,7 +67,7 @@ class Problem:
     """q, k, v and the gradient of the output, packed (T, H, D), and every contender for them."""
 
     def __init__(self, lengths: list[int], head_dim: int, heads: int, context: Context) -> None:
-        self.lengths, self.smoke, self.device, self.peaks = lengths, context.smoke, context.device, context.peaks
+        self.lengths, self.smoke, self.device, self.context = lengths, context.smoke, context.device, context
         dtype = torch.float16 if context.smoke else torch.bfloat16  # the interpreter gets bfloat16 products wrong
         self.layout = SequenceLayout.from_lengths(lengths, device=context.device)
         shape = (4, sum(lengths), heads, head_dim)
@@ -84,7 +85,7 @@ class Problem:
         heads, head_dim = self.upstream.shape[1:]
         forward = 4 * sum(n * n for n in self.lengths) * heads * head_dim / 1e9
         amount = {"forward": forward, "backward": 2.5 * forward}
-        return Work(name, *truths, amount, peak=self.peaks.get("matmul TFLOP/s"))
+        return Work(name, *truths, amount, peak=self.context.peaks.get("matmul TFLOP/s"))
 
     def makers(self) -> dict[str, Callable[[], Contender]]:
         """Contenders by name, made when their turn comes."""
@@ -133,6 +134,8 @@ class Problem:
     def _flex(self) -> Contender:
         if self.smoke:
             raise NotAvailableError("it is compiled for GPUs")
+        if self.context.left() < SECONDS_TO_COMPILE_FLEX:
+            raise NotAvailableError("no time left to compile it")
         from torch.nn.attention.flex_attention import create_block_mask
 
         attend = _compiled_flex()
@@ -198,4 +201,5 @@ class Problem:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch._dynamo.config.recompile_limit = 64  # beyond it, FlexAttention would write its scores out
     return torch.compile(flex_attention)

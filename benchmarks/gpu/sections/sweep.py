@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from llm2vec_fast.kernels.attention.configurations import Configuration
 # What is timed to compare configurations of a kernel; the backward pass runs both of its kernels, one of them varied.
 KERNELS = {"forward": "forward", "backward_keys": "backward", "backward_queries": "backward"}
 HEAD_DIMS = (128, 64)
-LENGTH, TOKENS = 4096, 16384
+LENGTH, TOKENS = 4096, 8192
 COMPILERS = 8
 LEAST_SECONDS = 4.0
 BLOCKS = (16, 32, 64, 128, 256)
@@ -30,7 +30,7 @@ BLOCKS = (16, 32, 64, 128, 256)
 def rows(context: Context) -> Iterator[Row]:
     """A row a configuration, and for each kernel and head size the best one beside the chosen one."""
     head_dims = (16,) if context.smoke else HEAD_DIMS
-    chosen = {(kernel, head_dim): _chosen(kernel, head_dim, context) for kernel in KERNELS for head_dim in head_dims}
+    chosen = _in_process(_chosen, head_dims, context)
     candidates = {key: neighbours(config)[: 2 if context.smoke else None] for key, config in chosen.items()}
     broken = {} if context.smoke else _compile_beforehand(candidates, context)
     clock = Clock(context.smoke)
@@ -60,11 +60,15 @@ def neighbours(config: Configuration) -> list[Configuration]:
     return list(dict.fromkeys([config, *others]))
 
 
-@contextmanager
-def using(kernel: str, config: Configuration) -> Iterator[None]:
+def using(kernel: str, config: Configuration) -> AbstractContextManager[None]:
     """Inside, ``kernel`` ("forward", …) is launched by ``config``."""
+    return _replaced(kernel, lambda *_: config)
+
+
+@contextmanager
+def _replaced(kernel: str, choose: Callable[..., Configuration]) -> Iterator[None]:
     before = getattr(configurations, kernel)
-    setattr(configurations, kernel, lambda *_: config)
+    setattr(configurations, kernel, choose)
     try:
         yield
     finally:
@@ -75,22 +79,27 @@ def _beside(block: int) -> list[int]:
     return [x for x in (block // 2, block * 2) if x in BLOCKS]
 
 
-def _chosen(kernel: str, head_dim: int, context: Context) -> Configuration:
-    """What the library launches the kernel with, seen in a launch: in a process of its own, as it uses the device."""
-    return _in_process(_look, kernel, head_dim, context)
+def _chosen(head_dims: Sequence[int], context: Context) -> dict[tuple[str, int], Configuration]:
+    """What the library launches each kernel with, seen in a launch."""
+    seen: dict[tuple[str, int], Configuration] = {}
+    for head_dim in head_dims:
+        with ExitStack() as stack:
+            for kernel in KERNELS:
+                stack.enter_context(_watched(kernel, head_dim, seen))
+            _run_small(head_dim, context)
+    return {(kernel, head_dim): seen[kernel, head_dim] for kernel in KERNELS for head_dim in head_dims}
 
 
-def _look(kernel: str, head_dim: int, context: Context) -> Configuration:
-    seen: list[Configuration] = []
-    before = getattr(configurations, kernel)
+@contextmanager
+def _watched(kernel: str, head_dim: int, seen: dict[tuple[str, int], Configuration]) -> Iterator[None]:
+    choose = getattr(configurations, kernel)
 
-    def watched(*arguments: Any) -> Configuration:
-        seen.append(before(*arguments))
-        return seen[-1]
+    def watching(*arguments: Any) -> Configuration:
+        seen[kernel, head_dim] = choose(*arguments)
+        return seen[kernel, head_dim]
 
-    setattr(configurations, kernel, watched)
-    _run_small(head_dim, context)
-    return seen[0]
+    with _replaced(kernel, watching):
+        yield
 
 
 def _run_small(head_dim: int, context: Context) -> None:
@@ -141,6 +150,7 @@ def _compile_beforehand(
 
 
 def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """This process must not use the device before it has forked those that compile."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(function, *arguments).result()
 

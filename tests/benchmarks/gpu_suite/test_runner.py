@@ -48,8 +48,12 @@ def told(context):
     yield {"case": "peaks", "peaks": dict(context.peaks)}
 
 
-def wrong(context):
-    yield {"case": "a", "verdict": "wrong"}
+def ours_wrong(context):
+    yield {"case": "a", "contender": "ours, Triton", "verdict": "wrong"}
+
+
+def peer_wrong(context):
+    yield {"case": "a", "contender": "cuDNN", "verdict": "wrong"}
 
 
 def _run(tmp_path, *sections, seconds=30.0):
@@ -92,8 +96,9 @@ def test_peaks_reach_the_sections_after_them(tmp_path):
     assert found["sections"]["next"]["rows"][0]["peaks"] == {"matmul TFLOP/s": 5.0}
 
 
-def test_a_wrong_answer_is_not_clean(tmp_path):
-    assert not clean(_run(tmp_path, Fake("one", 5.0, wrong)))
+def test_a_wrong_answer_of_ours_is_not_clean(tmp_path):
+    assert not clean(_run(tmp_path, Fake("one", 5.0, ours_wrong)))
+    assert clean(_run(tmp_path, Fake("one", 5.0, peer_wrong)))
 
 
 def test_what_a_section_started_ends_with_it(tmp_path):
