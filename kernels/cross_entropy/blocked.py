@@ -23,8 +23,8 @@ BLOCK_BYTES = 48 * 1024 * 1024
 # Of these, as many elements as stay in cache are worked on at a time, in float32.
 SLICE_ELEMENTS = 1024 * 1024
 COLUMNS_MULTIPLE = 64
-# Entries of a float32 weight multiplied at once: with few rows a product is a fifth faster so than with all entries.
-PANEL = 2048
+# How much of a float32 weight one product takes: with few rows that is up to a fifth faster than all of it at once.
+PANEL_BYTES = 16 * 1024 * 1024
 
 
 def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> tuple[Statistics, bool]:
@@ -101,7 +101,8 @@ def _multiply_on(b_logits: Tensor, weight: Tensor) -> Tensor:
 
 def _panels(weight: Tensor) -> list[slice]:
     """The parts of a weight that one product takes: all of a 16-bit one, panels that fit in cache of another."""
-    step = weight.shape[0] if weight.element_size() < 4 else PANEL
+    entries, width = weight.shape
+    step = entries if weight.element_size() < 4 else max(1, PANEL_BYTES // (width * weight.element_size()))
     return [slice(first, first + step) for first in range(0, weight.shape[0], step)]
 
 

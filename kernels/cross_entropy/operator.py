@@ -44,7 +44,8 @@ def linear_cross_entropy_operator(
             refuse_wrong_labels(problem.labels, problem.rows, rule.vocabulary, ignore_index)
         count = problem.labels.shape[0]
         grad = 1 / max(1, count) if reduction == "mean" else 1.0
-        gradients, formed = _room(hidden, weight, bias, needs, backend), [False] * 3
+        formable = _formable(needs, reduction, backend)
+        gradients, formed = _room(hidden, weight, bias, formable), [False] * 3
         if count == 0:
             statistics = _no_statistics(problem)
         elif backend == "triton":
@@ -52,8 +53,6 @@ def linear_cross_entropy_operator(
 
             statistics = forward_triton(problem, accuracy)
         else:
-            # What sums over rows can only be formed here if all rows have the same upstream gradient.
-            formable = [needs[0], *(need and reduction != "none" for need in needs[1:])]
             into = Gradients(*(x if can else None for x, can in zip(gradients, formable, strict=True)))
             if into.hidden is not None:
                 into.hidden.zero_()
@@ -73,7 +72,7 @@ def _(
     per_row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     loss = torch.empty_like(per_row) if reduction == "none" else per_row.new_empty(())
     correct = labels.new_empty(hidden.shape[0] if accuracy else 0, dtype=torch.bool)
-    gradients = _room(hidden, weight, bias, needs, backend)
+    gradients = _room(hidden, weight, bias, _formable(needs, reduction, backend))
     formed = torch.empty(3, dtype=torch.bool, device="cpu")
     return loss, per_row, torch.empty_like(per_row), correct, *gradients, formed
 
@@ -99,7 +98,7 @@ def linear_cross_entropy_backward_operator(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for the upstream ``grad``, () or (T,), from those already ``formed``."""
-    made = _room(hidden, weight, bias, needs, "")
+    made = _room(hidden, weight, bias, needs)
     for out, ready, have in zip(made, (dhidden, dweight, dbias), formed.tolist(), strict=True):
         if have and out.numel():
             out.copy_(ready)
@@ -111,7 +110,7 @@ def linear_cross_entropy_backward_operator(
 @linear_cross_entropy_backward_operator.register_fake
 def _(grad, hidden, weight, bias, labels, lse, dhidden, dweight, dbias, formed, ignore_index, softcap, smoothing,
       z_loss, reduction, needs, backend):  # fmt: skip
-    return _room(hidden, weight, bias, needs, "")
+    return _room(hidden, weight, bias, needs)
 
 
 @torch.no_grad()
@@ -167,11 +166,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return (None,) * 13
     hidden, weight, bias, labels, lse = ctx.saved_tensors
     gradients, formed = ctx.gradients, ctx.formed
-    if gradients is None or ctx.backend == "triton":  # a second backward pass through the same graph computes them anew
-        gradients, formed = _room(hidden, weight, bias, ctx.needs, ""), torch.zeros(3, dtype=torch.bool)
+    if gradients is None:  # a second backward pass through the same graph computes them anew
+        gradients, formed = _room(hidden, weight, bias, [False] * 3), torch.zeros(3, dtype=torch.bool)
     ctx.gradients = None
     settings = (*ctx.rule, ctx.needs, ctx.backend)
     if type(grad) is Tensor and not torch.is_grad_enabled():
+        lacking = [need and not x.numel() for need, x in zip(ctx.needs, gradients, strict=True)]
+        fresh = _room(hidden, weight, bias, lacking)
+        gradients = [y if lack else x for x, y, lack in zip(gradients, fresh, lacking, strict=True)]
         _finish(grad, hidden, weight, bias, labels, lse, gradients, formed, *settings)
     else:  # traced by a compiler, or to be differentiated again, which the operator refuses
         gradients = linear_cross_entropy_backward_operator(
@@ -228,15 +230,16 @@ def spread(values: Tensor, problem: Problem) -> Tensor:
     return values.new_zeros(problem.hidden.shape[0]).index_copy_(0, problem.rows, values)
 
 
-def _room(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the gradients that are wanted; on Triton, which forms none in the forward pass, none."""
-    wanted = [False] * 3 if backend == "triton" else needs
-    dhidden = hidden.new_empty(hidden.shape) if wanted[0] else hidden.new_empty(0)
-    dweight = weight.new_empty(weight.shape) if wanted[1] else weight.new_empty(0)
-    dbias = bias.new_empty(bias.shape) if bias is not None and wanted[2] else weight.new_empty(0)
-    return dhidden, dweight, dbias
+def _room(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Memory for the gradients that are wanted, and nothing for the others."""
+    sizes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(weight.new_empty(size if want else 0) for size, want in zip(sizes, wanted, strict=True))
+
+
+def _formable(needs: Sequence[bool], reduction: str, backend: str) -> list[bool]:
+    """Which gradients the forward pass may form: none on Triton, and what sums over rows only if all have one upstream
+    gradient."""
+    return [need and backend != "triton" and (i == 0 or reduction != "none") for i, need in enumerate(needs)]
 
 
 def _no_statistics(problem: Problem) -> Statistics:
