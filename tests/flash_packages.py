@@ -103,6 +103,38 @@ def flash_attn_3(
     return (out, lse) if return_attn_probs else out
 
 
+def early_flash_attn_3(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+):
+    """flash_attn_interface.flash_attn_varlen_func as it was beside flash_attn 2.8: it returns the output alone."""
+    return flash_attn_3(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, softmax_scale, causal,
+        qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits, pack_gqa,
+        deterministic, sm_margin,
+    )  # fmt: skip
+
+
 def _attend(
     q: Tensor,
     k: Tensor,

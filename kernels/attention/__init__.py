@@ -78,7 +78,7 @@ def attention(
     _check_tensors(q, k, v, layout)
     _check_settings(window, softcap, scale, dropout_p)
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else scale
-    offer = flash.offer(q, k, v, layout, softcap=softcap, dropout_p=dropout_p, seed=seed)
+    offer = flash.offer(q, k, v, layout, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse)
     choice = choose_for(
         "attention", backend, q, _implemented(q.dtype, offer), refused=offer.refused, preferred=offer.preferred
     ).backend

@@ -34,8 +34,10 @@ MAX_DETERMINISTIC_HEAD_DIM_3 = 192  # its backward pass at 256 has no determinis
 MAX_SEQUENCES_2 = 65535  # it launches one grid row a sequence
 _PASSED = (
     *("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal"),
-    *("window_size", "softcap", "deterministic", "return_attn_probs"),
+    *("window_size", "softcap", "deterministic"),
 )
+_RETURN_LSE = "return_attn_probs"  # early releases of FlashAttention-3 have no such argument
+_OPERATORS = {FLASH_3: "_flash_attn_forward", FLASH_2: "_flash_attn_varlen_forward"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Call:
     softcap: bool
     dropout: bool
     seeded: bool
+    lse: bool
     gradient: bool
 
 
@@ -78,6 +81,7 @@ def offer(
     softcap: float | None,
     dropout_p: float,
     seed: int | Tensor | None,
+    return_lse: bool,
 ) -> Offer:
     """The package that runs this call of attention: FlashAttention-3 where it can, else FlashAttention-2."""
     call = Call(
@@ -88,6 +92,7 @@ def offer(
         softcap=softcap is not None,
         dropout=dropout_p > 0,
         seeded=seed is not None,
+        lse=return_lse,
         gradient=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
     problems = {package: machine_problem(package, q.device) for package in PACKAGES}
@@ -127,17 +132,27 @@ def attention_flash(
         q, k, v = (x.index_select(0, rows) for x in (q, k, v))
     # Told that no sequence has two tokens, flash-attn 2 swaps heads and queries, which goes wrong where some have none.
     longest = max(layout.max_length, 2)
+    cu_seqlens = _cu_seqlens(layout)
     arguments: dict[str, Any] = {
-        "q": q, "k": k, "v": v, "cu_seqlens_q": layout.cu_seqlens, "cu_seqlens_k": layout.cu_seqlens,
+        "q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens,
         "max_seqlen_q": longest, "max_seqlen_k": longest, "softmax_scale": scale, "causal": causal,
         "window_size": (-1, -1) if window is None else (window, 0 if causal else window), "softcap": softcap or 0.0,
-        "deterministic": True, "return_attn_probs": return_lse,
+        "deterministic": True,
     }  # fmt: skip
     if dropout_p:
         arguments["dropout_p"] = dropout_p
+    if return_lse:
+        arguments[_RETURN_LSE] = True
     result = _function(package)(**arguments)
     out, lse = (result[0], result[1].detach().T) if return_lse else (result, None)
     return (out, lse) if rows is None else _scattered(out, lse, rows, layout.total)
+
+
+def _cu_seqlens(layout: SequenceLayout) -> Tensor:
+    """The layout's, which it computes once; torch.compile cannot trace how, but merges equal computations itself."""
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.pad(layout.lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return layout.cu_seqlens
 
 
 def _scattered(out: Tensor, lse: Tensor | None, rows: Tensor, total: int) -> tuple[Tensor, Tensor | None]:
@@ -189,8 +204,12 @@ def _call_problem(package: str, capability: tuple[int, int] | None, call: Call) 
         return f"flash-attn takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
     if call.head_dim > MAX_HEAD_DIM:
         return f"flash-attn takes a head_dim of {MAX_HEAD_DIM} at most, not {call.head_dim}"
+    if not call.packed and torch.compiler.is_compiling():
+        return "flash-attn takes packed batches only inside torch.compile, which cannot trace how others are gathered"
     if call.dropout and call.seeded:
         return "flash-attn draws its own dropout mask and follows no seed"
+    if call.lse and not _returns_lse(package):
+        return f"this release of {name} does not return the log-sum-exp"
     if package == FLASH_3:
         if call.dropout:
             return f"{name} has no dropout"
@@ -203,8 +222,8 @@ def _call_problem(package: str, capability: tuple[int, int] | None, call: Call) 
         return f"{name} has no dropout together with softcap"
     if call.sequences > MAX_SEQUENCES_2:
         return f"{name} takes {MAX_SEQUENCES_2:,} sequences at most, not {call.sequences:,}"
-    if call.gradient and call.head_dim > 192 and capability not in ((8, 0), (9, 0)):
-        return f"the gradient of {name} at head_dim {call.head_dim} needs sm_80 or sm_90"
+    if call.dropout and call.gradient and call.head_dim > 192 and capability not in ((8, 0), (9, 0)):
+        return f"the gradient of {name} with dropout at head_dim {call.head_dim} needs sm_80 or sm_90"
     return None
 
 
@@ -229,11 +248,26 @@ def _preference(package: str, capability: tuple[int, int] | None, call: Call) ->
 
     At home means FlashAttention-3 on sm_90 and FlashAttention-2 on sm_8x, where its authors' measurements are the best
     published. On newer chips FlashAttention-2 runs instructions of sm_80, which our kernels are compiled beyond. A
-    padded batch would be copied, and a dropout mask would differ from the other backends': those stay with Triton.
+    padded batch would be copied, and a dropout mask would differ from the other backends': those stay with Triton, and
+    so does what torch.compile traces where a release of flash-attn is no operator to it, which would break the graph.
     """
     if not _at_home(package, capability) or not call.packed or call.dropout:
         return None
+    if torch.compiler.is_compiling() and not _is_operator(package):
+        return None
     return Choice("flash", f"{NAMES[package]} is installed and this GPU is what it was made for")
+
+
+@torch.compiler.assume_constant_result
+def _returns_lse(package: str) -> bool:
+    return _RETURN_LSE in inspect.signature(_function(package)).parameters
+
+
+@torch.compiler.assume_constant_result
+def _is_operator(package: str) -> bool:
+    """Whether its forward pass is registered with PyTorch as an operator."""
+    module = inspect.getmodule(_function(package))
+    return isinstance(getattr(module, _OPERATORS[package], None), torch.library.CustomOpDef)
 
 
 def _function(package: str) -> Any:

@@ -188,15 +188,18 @@ def test_asked_for_where_it_cannot_run_it_says_why(packages, version, capability
         attention(*case.inputs(torch.float16), case.sequence_layout(), backend="flash", **settings)
 
 
-@pytest.mark.parametrize(("version", "capability", "why"), [(3, (9, 0), "not deterministic"), (2, (8, 6), "sm_80")])
-def test_a_gradient_it_cannot_give_is_refused_before_it_is_needed(packages, version, capability, why):
+@pytest.mark.parametrize(
+    ("version", "capability", "settings", "why"),
+    [(3, (9, 0), {}, "not deterministic"), (2, (8, 6), {"dropout_p": 0.1}, "needs sm_80 or sm_90")],
+)
+def test_a_gradient_it_cannot_give_is_refused_before_it_is_needed(packages, version, capability, settings, why):
     packages.install(version, capability)
     case = Case((5, 9), head_dim=256)
     tensors = [x.detach().requires_grad_() for x in case.inputs(torch.float16)]
     with pytest.raises(BackendUnavailableError, match=why):
-        attention(*tensors, case.sequence_layout(), backend="flash")
+        attention(*tensors, case.sequence_layout(), backend="flash", **settings)
     with torch.no_grad():
-        attention(*tensors, case.sequence_layout(), backend="flash")
+        attention(*tensors, case.sequence_layout(), backend="flash", **settings)
 
 
 def test_float32_and_too_many_sequences_are_refused(packages):
@@ -235,6 +238,16 @@ def test_a_package_that_is_missing_broken_or_old_is_not_used(packages, monkeypat
     attention(*call[0], call[1])
 
 
+def test_an_early_version_3_runs_but_where_the_log_sum_exp_is_asked_for(packages):
+    calls = packages.install(3, (9, 0), flash_packages.early_flash_attn_3)
+    case = Case((5, 9))
+    call = case.inputs(torch.float16), case.sequence_layout()
+    assert _ran(calls, *call)
+    assert not _ran(calls, *call, return_lse=True)
+    with pytest.raises(BackendUnavailableError, match="does not return the log-sum-exp"):
+        attention(*call[0], call[1], backend="flash", return_lse=True)
+
+
 def test_the_environment_asks_for_it_too(packages, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "flash")
     case = Case((5, 9))
@@ -268,19 +281,50 @@ def _opaque(
     return _flash_operator(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, window_size[0])
 
 
-def test_it_compiles_whole_and_only_once_as_lengths_change(packages):
-    packages.install(2, (8, 0), _opaque, recorded=False)
+def _compiled(function):
     torch._dynamo.reset()
     counters.clear()
+    return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
 
-    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+
+def test_it_compiles_whole_and_only_once_as_lengths_change(packages):
+    packages.install(2, (8, 0), _opaque, recorded=False)
+
     def step(q, k, v, layout):
         return attention(q * 2, k, v, layout, backend="flash", window=9)
 
+    compiled = _compiled(step)
     for lengths in ((5, 9, 3), (4, 1, 30, 7), (2, 17, 6), (3, 3, 3, 3, 50)):
-        case = Case(lengths, heads=2, kv_heads=1, head_dim=16)
-        q, k, v = case.inputs(torch.float16)
+        tensors = Case(lengths, heads=2, kv_heads=1, head_dim=16).inputs(torch.float16)
         layout = make_layout("packed", lengths)
-        expected = attention(q * 2, k, v, layout, backend="flash", window=9)
-        torch.testing.assert_close(step(q, k, v, layout), expected)
+        torch.testing.assert_close(compiled(*tensors, layout), step(*tensors, layout))
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_inside_torch_compile_a_padded_batch_is_not_its_own(packages):
+    packages.install(2, (8, 0), _opaque, recorded=False)
+    case = Case((5, 9), head_dim=16, layout="right")
+    call = *case.inputs(torch.float16), case.sequence_layout()
+
+    def taken(q, k, v, layout):
+        offer = flash.offer(q, k, v, layout, softcap=None, dropout_p=0.0, seed=None, return_lse=False)
+        return q.new_zeros(1) + (offer.package is not None)
+
+    assert bool(taken(*call))
+    assert not bool(_compiled(taken)(*call))
+
+
+@pytest.mark.parametrize("operator", [True, False], ids=["operator", "no-operator"])
+def test_inside_torch_compile_auto_takes_it_only_where_it_is_an_operator(packages, monkeypatch, operator):
+    packages.install(2, (8, 0), _opaque, recorded=False)
+    if operator:
+        monkeypatch.setattr(sys.modules[__name__], "_flash_attn_varlen_forward", _flash_operator, raising=False)
+
+    def taken(q, k, v, layout):
+        offer = flash.offer(q, k, v, layout, softcap=None, dropout_p=0.0, seed=None, return_lse=False)
+        return q.new_zeros(1) + (offer.preferred is not None)
+
+    case = Case((5, 9), head_dim=16)
+    call = *case.inputs(torch.float16), case.sequence_layout()
+    assert bool(taken(*call))
+    assert bool(_compiled(taken)(*call)) == operator
