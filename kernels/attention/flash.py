@@ -98,9 +98,9 @@ def offer(
     problems = {package: machine_problem(package, q.device) for package in PACKAGES}
     here = [package for package in PACKAGES if problems[package] is None]
     for package in here:
-        problems[package] = _call_problem(package, _capability(q.device), call)
+        problems[package] = _call_problem(package, q.device, call)
         if problems[package] is None:
-            return Offer(package, True, {}, _preference(package, _capability(q.device), call))
+            return Offer(package, True, {}, _preference(package, q.device, call))
     reasons = dict.fromkeys(str(problems[package]) for package in here or PACKAGES)
     return Offer(None, bool(here), {"flash": "; ".join(reasons)})
 
@@ -162,7 +162,8 @@ def _scattered(out: Tensor, lse: Tensor | None, rows: Tensor, total: int) -> tup
     return spread, lse.new_full((total, lse.shape[1]), float("-inf")).index_copy(0, rows, lse)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace an import, and need not: the machine stays the same
+# torch.compile can trace neither imports nor questions to a GPU, and need not: the answers stay the same.
+@torch.compiler.assume_constant_result
 def machine_problem(package: str, device: torch.device) -> str | None:
     """Why ``package`` cannot run on ``device`` at all, in words; None where it can."""
     capability = _capability(device)
@@ -197,7 +198,7 @@ def _package_problem(package: str) -> str | None:
     return f"{package} is too old: flash_attn_varlen_func takes no {', '.join(missing)}" if missing else None
 
 
-def _call_problem(package: str, capability: tuple[int, int] | None, call: Call) -> str | None:
+def _call_problem(package: str, device: torch.device, call: Call) -> str | None:
     """Why a package that runs here cannot run this call, in words; None where it can."""
     name = NAMES[package]
     if call.dtype not in (torch.float16, torch.bfloat16):
@@ -222,7 +223,7 @@ def _call_problem(package: str, capability: tuple[int, int] | None, call: Call) 
         return f"{name} has no dropout together with softcap"
     if call.sequences > MAX_SEQUENCES_2:
         return f"{name} takes {MAX_SEQUENCES_2:,} sequences at most, not {call.sequences:,}"
-    if call.dropout and call.gradient and call.head_dim > 192 and capability not in ((8, 0), (9, 0)):
+    if call.dropout and call.gradient and call.head_dim > 192 and not _has_large_shared_memory(device):
         return f"the gradient of {name} with dropout at head_dim {call.head_dim} needs sm_80 or sm_90"
     return None
 
@@ -232,18 +233,25 @@ def describe(device: torch.device) -> Choice:
     problems = {package: machine_problem(package, device) for package in PACKAGES}
     for package, problem in problems.items():
         if problem is None:
-            if _at_home(package, _capability(device)):
+            if _at_home(package, device):
                 return Choice(NAMES[package], "for packed float16 and bfloat16 batches without dropout")
             return Choice(NAMES[package], "only where asked for, by backend='flash'")
     return Choice("none", "; ".join(dict.fromkeys(map(str, problems.values()))))
 
 
-def _at_home(package: str, capability: tuple[int, int] | None) -> bool:
+@torch.compiler.assume_constant_result
+def _at_home(package: str, device: torch.device) -> bool:
     """On the GPUs that its authors made it for."""
+    capability = _capability(device)
     return package == FLASH_3 or (capability is not None and capability[0] == 8)
 
 
-def _preference(package: str, capability: tuple[int, int] | None, call: Call) -> Choice | None:
+@torch.compiler.assume_constant_result
+def _has_large_shared_memory(device: torch.device) -> bool:
+    return _capability(device) in ((8, 0), (9, 0))
+
+
+def _preference(package: str, device: torch.device, call: Call) -> Choice | None:
     """What "auto" takes before our own kernels: flash-attn where it is at home and nothing about the result changes.
 
     At home means FlashAttention-3 on sm_90 and FlashAttention-2 on sm_8x, where its authors' measurements are the best
@@ -251,7 +259,7 @@ def _preference(package: str, capability: tuple[int, int] | None, call: Call) ->
     padded batch would be copied, and a dropout mask would differ from the other backends': those stay with Triton, and
     so does what torch.compile traces where a release of flash-attn is no operator to it, which would break the graph.
     """
-    if not _at_home(package, capability) or not call.packed or call.dropout:
+    if not _at_home(package, device) or not call.packed or call.dropout:
         return None
     if torch.compiler.is_compiling() and not _is_operator(package):
         return None
