@@ -1,0 +1,133 @@
+"""The kernels of the contrastive loss, as the report compiles them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.codegen.compiling import Variant
+from benchmarks.codegen.variants import Recorded
+from llm2vec_fast.kernels.contrastive import configurations, triton
+from llm2vec_fast.kernels.contrastive.configurations import Configuration
+from llm2vec_fast.kernels.contrastive.rule import Side
+
+ROWS, WIDTH = 4096, 768
+# forward: the rule that most users have, a fixed scale on cosines; then a running maximum, for all others.
+FORWARD: dict[str, dict[str, Any]] = {
+    "": {"bounded": True},
+    "unbounded": {"bounded": False},
+    "margin": {"bounded": True, "limit": True},
+    "ids": {"bounded": True, "marks": torch.int64},
+}
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "symmetric": {"columns": True},
+    "margin": {"columns": True, "limit": True},
+    "ids": {"marks": torch.int64},
+}
+
+
+def side(dtype: torch.dtype, width: int = WIDTH, marks: torch.dtype = torch.int32, limit: bool = False) -> Side:
+    """Rows with all that any kernel asks of them."""
+    values = torch.empty(ROWS)
+    rows = torch.empty(ROWS, width, dtype=dtype)
+    return Side(rows, values, True, torch.empty(ROWS, dtype=marks), None, values if limit else None, *[values] * 3)
+
+
+def forward(
+    architecture: str,
+    rule: str = "",
+    dtype: torch.dtype = torch.bfloat16,
+    width: int = WIDTH,
+    config: Configuration | None = None,
+) -> Variant:
+    """The softmax denominators."""
+    settings = dict(FORWARD[rule])
+    bounded = settings.pop("bounded")
+    config = config or configurations.sums(dtype, architecture)
+    x, y = side(dtype, width, **settings), side(dtype, width, **settings)
+    arguments = triton.sums_arguments(
+        x, y, torch.empty(()), torch.empty(1, ROWS), torch.empty(1, ROWS), bounded, config
+    )
+    return Variant(_name("forward", width, dtype, rule), triton._sums_kernel, arguments, _products(dtype))
+
+
+def weights(
+    architecture: str,
+    rule: str = "",
+    dtype: torch.dtype = torch.bfloat16,
+    width: int = WIDTH,
+    config: Configuration | None = None,
+) -> Variant:
+    """A panel of the gradient of the similarities."""
+    settings = dict(WEIGHTS[rule])
+    columns = settings.pop("columns", False)
+    config = config or configurations.weights(dtype, architecture)
+    x, y = side(dtype, width, **settings), side(dtype, width, **settings)
+    y = y if columns else Side(y.rows, y.inverse, y.ready, y.marks)
+    positives = (torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS))
+    panel = torch.empty(ROWS, triton.PANEL_COLUMNS, dtype=dtype)
+    arguments = triton.weights_arguments(x, y, panel, torch.empty(()), positives, 0, config)
+    return Variant(_name("weights", width, dtype, rule), triton._weights_kernel, arguments, _products(dtype))
+
+
+def product(
+    architecture: str,
+    transposed: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    width: int = WIDTH,
+    config: Configuration | None = None,
+) -> Variant:
+    """The panel, or its transpose, times rows."""
+    config = config or configurations.product(dtype, architecture)
+    panel, rows = torch.empty(ROWS, ROWS, dtype=dtype), torch.empty(ROWS, width, dtype=dtype)
+    arguments = triton.product_arguments(panel, rows, torch.empty(ROWS, width), transposed, config)
+    name = _name("d-documents" if transposed else "d-queries", width, dtype, "")
+    return Variant(name, triton._product_kernel, arguments, _products(dtype))
+
+
+def unit_rows(dtype: torch.dtype = torch.bfloat16, width: int = WIDTH) -> Variant:
+    """Rows brought to length one."""
+    x, block = torch.empty(ROWS, width, dtype=dtype), 1 << (width - 1).bit_length()
+    arguments = {
+        "p_x": x, "p_unit": x, "p_inverse": torch.empty(ROWS), "stride_x": width, "stride_u": width, "width": width,
+        "BLOCK": block, "num_warps": 4, "num_stages": 1,
+    }  # fmt: skip
+    return Variant(_name("unit-rows", width, dtype, ""), triton._unit_rows_kernel, arguments, "none")
+
+
+def main_variants(architecture: str) -> list[Variant]:
+    """What most models run."""
+    return [forward(architecture), weights(architecture), product(architecture, False), product(architecture, True)]
+
+
+def all_variants(architecture: str) -> list[Variant]:
+    """Every rule, float32, and a width that no tile divides."""
+    return [
+        *main_variants(architecture),
+        *(forward(architecture, rule) for rule in FORWARD if rule),
+        *(weights(architecture, rule) for rule in WEIGHTS if rule),
+        forward(architecture, width=1000),
+        weights(architecture, width=1000),
+        *(product(architecture, transposed, width=1000) for transposed in (False, True)),
+        forward(architecture, dtype=torch.float32),
+        weights(architecture, dtype=torch.float32),
+        product(architecture, True, torch.float32),
+        unit_rows(),
+    ]
+
+
+def _name(which: str, width: int, dtype: torch.dtype, rule: str) -> str:
+    words = (f"contrastive-{which}", f"D{width}", str(dtype).removeprefix("torch."), rule)
+    return "-".join(filter(None, words))
+
+
+def _products(dtype: torch.dtype) -> str:
+    return "plain" if dtype == torch.float32 else "tensor"
+
+
+RECORDED = (
+    Recorded("Inf-CL", "forward", "sm_90", "TF32", 1423),
+    Recorded("Inf-CL", "forward", "sm_80", "TF32", 1522),
+)

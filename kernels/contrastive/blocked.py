@@ -1,0 +1,115 @@
+"""Tiles of the matrix of similarities in plain PyTorch: a few mebibytes at a time, made, used and forgotten.
+
+Rows narrower than float32 are widened block by block: products of bfloat16 tensors on a CPU round their result to
+bfloat16, which at a scale of 20 is an error of 0.05 in a logit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rule import LogSum, Side, blocks, row_blocks
+
+# A tile stays in the level-2 caches of two cores while it passes through the softmax.
+TILE_BYTES = 2 * 2**20
+# Queries whose gradient is accumulated at once: the height of a tile.
+PANEL_ROWS = 512
+
+
+def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, bool]:
+    """The rows as they are, what to multiply them by (None: nothing), and that this is still to be done."""
+    if not cosine:
+        return x, None, False
+    inverse = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    for block in row_blocks(x):
+        # In float64 no float32 row is too long or too short to be measured.
+        length = torch.linalg.vector_norm(x[block], dim=1, dtype=torch.float64)
+        inverse[block] = torch.where(length > 0, 1 / length, 0).clamp_max(torch.finfo(inverse.dtype).max)
+    return x, inverse, False
+
+
+def negative_sums(x: Side, y: Side, scale: Tensor, columns: bool, bounded: bool) -> tuple[LogSum, LogSum | None]:
+    """log Σ e^z over the negatives of each row of x (n,), and of each row of y (m,) if asked."""
+    empty = x.rows.new_empty(0, dtype=x.accumulator)
+    sums, column_sums = [], LogSum.empty(empty, y.count) if columns else None
+    for rows in blocks(x.count, PANEL_ROWS):
+        part = x.part(rows)
+        b_x = part.unit(slice(None))
+        row_sums = LogSum.empty(empty, part.count)
+        for block in blocks(y.count, tile_columns(x.accumulator)):
+            other = y.part(block)
+            z = (b_x @ other.unit(slice(None)).T).mul_(scale)
+            _fill_same(part, other, z, float("-inf"))
+            if column_sums is not None:
+                kept = _below(z, other.limit, scale, 0)
+                so_far = LogSum(*(x[block] for x in column_sums)).plus(_log_sum(kept, 0, kept is not z))
+                column_sums.peak[block], column_sums.rest[block] = so_far
+            row_sums = row_sums.plus(_log_sum(_below(z, part.limit, scale, 1), 1, True))
+        sums.append(row_sums)
+    return LogSum(*(torch.cat(parts) for parts in zip(*sums, strict=True))), column_sums
+
+
+def add_gradients(
+    x: Side,
+    y: Side,
+    scale: Tensor,
+    positives: tuple[Tensor, Tensor] | None,
+    into_x: Tensor | None,
+    into_y: Tensor | None,
+) -> None:
+    """Add H·y to ``into_x`` (n, d) and Hᵀ·x to ``into_y`` (m, d), H being the gradient of the similarities.
+
+    Rows of x have a softmax over y; where y has weights, so do its rows over x. ``positives`` holds for each row of x
+    its positive (a row of y) and the gradient of that entry.
+    """
+    b_x = x.unit(slice(None))
+    for block in blocks(y.count, tile_columns(x.accumulator)):
+        part = y.part(block)
+        b_y = part.unit(slice(None))
+        z = (b_x @ b_y.T).mul_(scale)  # scaled rows would round differently when they stand on the other side
+        h = _weights(z, x, scale, 1, part.weight is None)
+        if part.weight is not None:
+            h += _weights(z, part, scale, 0, True)
+        _fill_same(x, part, h, 0.0)
+        if positives is not None:
+            columns, gradient = positives
+            here = ((columns >= block.start) & (columns < block.stop)).nonzero()[:, 0]
+            h[here, columns[here] - block.start] = gradient[here]
+        if into_x is not None:
+            into_x.addmm_(h, b_y)
+        if into_y is not None:
+            into_y[block].addmm_(h.T, b_x)
+
+
+def tile_columns(dtype: torch.dtype) -> int:
+    """The width of a tile."""
+    return TILE_BYTES // (PANEL_ROWS * dtype.itemsize)
+
+
+def _weights(z: Tensor, side: Side, scale: Tensor, dim: int, last: bool) -> Tensor:
+    """weight · e^(z − lse), 0 above the limit, for the softmax along ``dim``; in z's memory if this is its last use."""
+    above = None if side.limit is None else z > (side.limit * scale).unsqueeze(dim)
+    peak, rest, weight = (x.unsqueeze(dim) for x in (side.peak, side.rest, side.weight))
+    h = (z.sub_(peak) if last else z - peak).sub_(rest).exp_().mul_(weight)
+    return h if above is None else h.masked_fill_(above, 0)
+
+
+def _below(z: Tensor, limit: Tensor | None, scale: Tensor, dim: int) -> Tensor:
+    """z, −inf above the limits of its rows (dim=1) or columns (dim=0)."""
+    return z if limit is None else z.masked_fill(z > (limit * scale).unsqueeze(dim), float("-inf"))
+
+
+def _log_sum(z: Tensor, dim: int, last: bool) -> LogSum:
+    """log Σ e^z along ``dim``, in z's memory if this is its last use."""
+    peak = z.amax(dim, keepdim=True).clamp_min_(torch.finfo(z.dtype).min / 2)  # −inf − −inf would be NaN
+    shifted = z.sub_(peak) if last else z - peak
+    return LogSum(peak.squeeze(dim), shifted.exp_().sum(dim).log_())
+
+
+def _fill_same(x: Side, y: Side, tile: Tensor, value: float) -> None:
+    """Write ``value`` wherever row and column have the same mark."""
+    if x.first is None or y.first is None:
+        tile.masked_fill_(x.marks[:, None] == y.marks, value)
+    elif -x.count < x.first - y.first < y.count:
+        tile.diagonal(x.first - y.first).fill_(value)

@@ -1,0 +1,64 @@
+"""One hand-picked launch configuration a kernel, dtype and architecture: nothing is tuned at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+NEWER = ("sm_90", "sm_100", "sm_120")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Tile sizes of a product: rows and columns of the result, steps along what is summed."""
+
+    block_rows: int
+    block_columns: int
+    block_inner: int
+    warps: int
+    stages: int
+    descriptors: bool = False  # tiles are read by the chip's copy engine, where the rows are laid out for it
+
+    def arguments(self) -> dict[str, int]:
+        """As a kernel's launch takes them, by name."""
+        return {
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_COLUMNS": self.block_columns,
+            "BLOCK_INNER": self.block_inner,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# float32 products use no tensor core: the tiles only need to fit.
+_FLOAT32 = Configuration(64, 64, 32, 4, 2)
+
+
+@cache
+def sums(dtype: torch.dtype, architecture: str) -> Configuration:
+    """How the kernel of the softmax denominators is launched."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    if architecture.startswith(NEWER):
+        return Configuration(128, 256, 64, 8, 3, descriptors=True)
+    if architecture.startswith("gfx"):
+        return Configuration(128, 128, 32, 8, 2)
+    return Configuration(128, 256, 32, 8, 3)
+
+
+@cache
+def weights(dtype: torch.dtype, architecture: str) -> Configuration:
+    """How the kernel of the similarities' gradient is launched."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    if architecture.startswith(NEWER):
+        return Configuration(128, 256, 64, 8, 3, descriptors=True)
+    return Configuration(128, 128, 32, 8, 2 if architecture.startswith("gfx") else 3)
+
+
+@cache
+def product(dtype: torch.dtype, architecture: str) -> Configuration:
+    """How the kernel is launched that multiplies that gradient with rows."""
+    return weights(dtype, architecture)

@@ -1,0 +1,62 @@
+"""The definition of the contrastive loss: short, for any dtype up to float64, differentiable. Tests trust it.
+
+It is also the fastest way at small batch sizes, where the whole matrix of similarities fits into the caches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .rule import Rule
+
+
+def contrastive_reference(
+    queries: Tensor, documents: Tensor, scale: Tensor, positives: Tensor | None, ids: Tensor | None, rule: Rule
+) -> Tensor:
+    """(N, d), (M, d) → (N,) losses, from the whole matrix of similarities at once."""
+    rows = torch.arange(queries.shape[0], device=queries.device)
+    plain = positives is None and ids is None
+    positives = rows if positives is None else positives
+    marks = torch.arange(documents.shape[0], device=queries.device) if ids is None else ids
+    if rule.cosine:
+        queries, documents = unit_rows(queries), unit_rows(documents)
+    similarity = _wide(queries @ documents.T)
+    own = similarity[rows, positives].detach()
+    limit = None if rule.margin is None else own + rule.margin
+    scores = similarity * scale  # before anything is masked: 0 · −inf in the gradient of the scale would be NaN
+    if not plain or limit is not None:
+        hidden = _hidden(marks[positives], marks, similarity, limit)
+        scores = scores.masked_fill(hidden.index_put((rows, positives), hidden.new_zeros(())), float("-inf"))
+    if rule.query_negatives:
+        between = _wide(queries @ queries.T)
+        hidden = _hidden(marks[positives], marks[positives], between, limit)
+        scores = torch.cat([scores, (between * scale).masked_fill(hidden, float("-inf"))], dim=1)
+    losses = F.cross_entropy(scores, positives, reduction="none")
+    if not rule.symmetric:
+        return losses
+    anchors = similarity[:, positives].T
+    if limit is not None:  # a document with several queries goes by the one most similar to it
+        limit = own.new_full(marks.shape, float("-inf")).scatter_reduce(0, positives, limit, "amax")[positives]
+    hidden = _hidden(marks[positives], marks[positives], anchors, limit)
+    hidden.fill_diagonal_(False)
+    backwards = F.cross_entropy((anchors * scale).masked_fill(hidden, float("-inf")), rows, reduction="none")
+    return (losses + backwards) / 2
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of length one; a row of zeros stays zero and has no gradient."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    empty = length == 0
+    return x * ((~empty) / length.masked_fill(empty, 1))
+
+
+def _hidden(row_marks: Tensor, column_marks: Tensor, similarity: Tensor, limit: Tensor | None) -> Tensor:
+    """(rows, columns) bool: entries that are no negatives."""
+    hidden = row_marks[:, None] == column_marks
+    return hidden if limit is None else hidden | (similarity > limit[:, None])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,118 @@
+"""What the loss is made of: the rule, and the rows on either side of the matrix of similarities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows are normalised, and gradients finished, this many bytes of float32 at a time.
+BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which similarity, which directions, and what is no negative.
+
+    With z = scale · similarity, p(i) the positive of row i, and marks that say which rows are the same thing:
+
+        loss(i) = log(1 + e^(R(i) − z(i, p(i)))),  R(i) = log Σ e^z over the negatives of row i
+
+    A negative of row i is a document (or query, with query_negatives) of another mark whose similarity is at most that
+    of the positive plus the margin. In the other direction (symmetric), the negatives of document p(i) are queries.
+    """
+
+    cosine: bool
+    symmetric: bool
+    query_negatives: bool
+    margin: float | None
+    bounded: bool = False  # |scale| ≤ BOUNDED_SCALE and |similarity| ≤ 1: e^z fits float32 without a running maximum
+
+
+# e^60 · 2²⁰ columns and e^−60 both lie well within float32.
+BOUNDED_SCALE = 60.0
+
+
+class LogSum(NamedTuple):
+    """The logarithm of a sum of exponentials, peak + rest: the difference of two large ones loses nothing.
+
+    As one float32 a logarithm near 1,000 is known to 6e-5, and so would every weight e^(z − lse) be.
+    """
+
+    peak: Tensor  # (n,) the largest term, or anything near it; finite
+    rest: Tensor  # (n,) what the logarithm is more than that; −inf for the empty sum
+
+    @staticmethod
+    def empty(like: Tensor, count: int) -> LogSum:
+        """The sum of nothing, ``count`` times."""
+        lowest = torch.finfo(like.dtype).min / 2  # the difference of two peaks is finite too
+        return LogSum(like.new_full((count,), lowest), like.new_full((count,), float("-inf")))
+
+    @staticmethod
+    def joined(peaks: Tensor, rests: Tensor) -> LogSum:
+        """The logarithm of sums over parts: (parts, n) each → (n,)."""
+        peak = peaks.amax(0)
+        return LogSum(peak, (peaks - peak + rests).logsumexp(0))
+
+    def plus(self, other: LogSum) -> LogSum:
+        """The logarithm of both sums together."""
+        return LogSum.joined(torch.stack([self.peak, other.peak]), torch.stack([self.rest, other.rest]))
+
+    def above(self, z: Tensor) -> Tensor:
+        """(n,) the logarithm minus z."""
+        return self.peak - z + self.rest
+
+
+@dataclass(frozen=True)
+class Side:
+    """Rows on one side of the matrix, and what they bring to its entries. Every tensor has one element a row."""
+
+    rows: Tensor  # (n, d)
+    inverse: Tensor | None  # 1 / length of a row as the user gave it; None: rows are used as they are
+    ready: bool  # rows have length one already
+    marks: Tensor  # an entry whose row and column have the same mark is no negative
+    first: int | None = None  # the marks count up from here; None: anything
+    limit: Tensor | None = None  # the highest similarity of a negative
+    peak: Tensor | None = None  # the logarithm of the softmax denominator is peak + rest
+    rest: Tensor | None = None
+    weight: Tensor | None = None  # what a softmax weight is multiplied by in the gradient of the similarity
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return self.rows.shape[0]
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of sums."""
+        return torch.promote_types(self.rows.dtype, torch.float32)
+
+    def part(self, rows: slice) -> Side:
+        """Some of the rows."""
+        sliced = {name: None if x is None else x[rows] for name, x in self.tensors().items()}
+        first = None if self.first is None else self.first + rows.start
+        return replace(self, first=first, **sliced)
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Everything that has an element a row, by name."""
+        names = ("rows", "inverse", "marks", "limit", "peak", "rest", "weight")
+        return {name: getattr(self, name) for name in names}
+
+    def unit(self, rows: slice | Tensor) -> Tensor:
+        """(k, d) of the accumulator's dtype: rows as the similarity sees them; a copy, but for ready float32 rows."""
+        x = self.rows[rows].to(self.accumulator)
+        return x if self.ready or self.inverse is None else x * self.inverse[rows][:, None]
+
+
+def blocks(count: int, size: int) -> Iterator[slice]:
+    """0 … count in consecutive slices of ``size``."""
+    for first in range(0, count, size):
+        yield slice(first, min(count, first + size))
+
+
+def row_blocks(x: Tensor) -> Iterator[slice]:
+    """The rows of x in slices of BLOCK_BYTES of float32."""
+    return blocks(x.shape[0], max(1, BLOCK_BYTES // (4 * max(1, x.shape[1]))))

@@ -1,0 +1,106 @@
+"""Across ranks, with unequal numbers of rows, loss and gradients are those of one process that has every row."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from contrastive_cases import Case
+from numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within
+
+from llm2vec_fast.kernels.contrastive import contrastive_loss
+
+QUERIES = (5, 1, 12, 3)
+DOCUMENTS = (9, 1, 12, 7)
+RULES = (
+    {},
+    {"symmetric": True},
+    {"query_negatives": True, "similarity": "dot"},
+    {"symmetric": True, "query_negatives": True, "false_negative_margin": -0.2},
+)
+CASES = [
+    *((rule, targets, torch.float32, "mean") for rule in RULES for targets in ((), ("positives", "ids"))),
+    ({"symmetric": True}, (), torch.bfloat16, "sum"),
+]
+
+
+def _rows(ranks, rule, dtype):
+    case = Case(sum(QUERIES[:ranks]), sum(DOCUMENTS[:ranks]), 16, rule)
+    queries, documents = case.inputs(dtype)
+    return queries.split(QUERIES[:ranks]), documents.split(DOCUMENTS[:ranks])
+
+
+def _targets(ranks, names):
+    """For each rank: positives number its own documents, ids are shared."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for queries, documents in zip(QUERIES[:ranks], DOCUMENTS[:ranks], strict=True):
+        positives = torch.randint(documents, (queries,), generator=generator)
+        ids = torch.randint(15, (documents,), generator=generator)
+        found.append({name: x for name, x in (("positives", positives), ("ids", ids)) if name in names})
+    return found
+
+
+def _in_one_process(ranks, rule, names, dtype, reduction, compute):
+    """Losses, their mean or sum, and its gradients, ``compute`` being the dtype to compute in."""
+    queries, documents = _rows(ranks, rule, dtype)
+    first = [sum(DOCUMENTS[:rank]) for rank in range(ranks)]
+    given = _targets(ranks, names)
+    positives = [
+        (x["positives"] if "positives" in names else torch.arange(QUERIES[rank])) + first[rank]
+        for rank, x in enumerate(given)
+    ]
+    targets = {"positives": torch.cat(positives)}
+    if "ids" in names:
+        targets["ids"] = torch.cat([x["ids"] for x in given])
+    tensors = [torch.cat(x).to(compute).requires_grad_() for x in (queries, documents)]
+    scale = torch.tensor(20.0, dtype=torch.promote_types(compute, torch.float32), requires_grad=True)
+    losses = contrastive_loss(*tensors, scale=scale, backend="reference", reduction="none", **targets, **rule)
+    loss = losses.sum() if reduction == "sum" else losses.mean()
+    return losses, loss, *torch.autograd.grad(loss, (*tensors, scale))
+
+
+def _rank(rank, ranks, port, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    found = []
+    for rule, names, dtype, reduction in CASES:
+        queries, documents = (x[rank].clone().requires_grad_() for x in _rows(ranks, rule, dtype))
+        scale = torch.tensor(20.0, requires_grad=True)
+        settings = {**_targets(ranks, names)[rank], **rule, "group": dist.group.WORLD}
+        loss = contrastive_loss(queries, documents, scale=scale, reduction=reduction, **settings)
+        gradients = torch.autograd.grad(loss, (queries, documents, scale))
+        losses = contrastive_loss(queries, documents, reduction="none", **settings)
+        found.append([x.detach() for x in (loss, *gradients, losses)])
+    torch.save(found, f"{results}/{rank}.pt")
+    if ranks > 1:
+        with pytest.raises(ValueError, match="they must agree"):
+            contrastive_loss(torch.ones(2, 3 + rank), torch.ones(2, 3 + rank), group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda ranks: f"{ranks}-ranks")
+def ring(request, tmp_path_factory):
+    """What every rank found for every case."""
+    results = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_rank, (request.param, port, str(results)), nprocs=request.param)
+    return request.param, [torch.load(results / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i][:2])))
+def test_ranks_together_equal_one_process(ring, number):
+    ranks, found = ring
+    case = CASES[number]
+    plain = _in_one_process(ranks, *case, case[2])
+    exact = _in_one_process(ranks, *case, torch.float64)
+    loss, dqueries, ddocuments, dscale, losses = zip(*(x[number] for x in found), strict=True)
+    assert all(torch.equal(x, loss[0]) for x in loss)
+    torch.testing.assert_close(loss[0].double(), exact[1], rtol=1e-5, atol=0)
+    assert_error_within(torch.cat(losses), plain[0], exact[0], OUTPUT_FACTOR, "losses")
+    assert_error_within(torch.cat(dqueries), plain[2], exact[2], GRADIENT_FACTOR, "dqueries")
+    assert_error_within(torch.cat(ddocuments), plain[3], exact[3], GRADIENT_FACTOR, "ddocuments")
+    torch.testing.assert_close(sum(dscale).double(), exact[4], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,244 @@
+"""Losses and gradients are as exact as plain PyTorch in the same dtype, whatever the shapes and the rule."""
+
+import pytest
+import torch
+from contrastive_cases import Case, losses_and_gradients, three_ways
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within
+
+from llm2vec_fast.kernels.contrastive import blocked, configurations, contrastive_loss
+from llm2vec_fast.kernels.contrastive import triton as triton_room
+
+# The logarithm of an empty sum is −inf, of which numpy warns in Triton's interpreter.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered")
+RULES = (
+    {},
+    {"similarity": "dot"},
+    {"symmetric": True},
+    {"query_negatives": True},
+    {"false_negative_margin": -0.2},
+    {"symmetric": True, "query_negatives": True, "false_negative_margin": -0.3},
+)
+CASES = [
+    *(Case(40, 70, 24, rule) for rule in RULES),
+    *(Case(70, 40, 24, rule, shared=True) for rule in RULES),
+    *(Case(40, 70, 24, rule, same=True) for rule in RULES),
+    Case(33, 50, 24, RULES[-1], shared=True, same=True),
+    Case(1, 1, 8),
+    Case(1, 1, 8, {"symmetric": True, "query_negatives": True}),
+    Case(1, 9, 5, {"symmetric": True}),
+    Case(65, 65, 2),
+    Case(16, 16, 100, scale=1000.0),
+    Case(16, 40, 100, {"symmetric": True, "query_negatives": True}, scale=1e-3),
+]
+MANY_TILES = [
+    Case(70, 150, 24),
+    Case(70, 150, 24, {"symmetric": True}, same=True),
+    Case(150, 70, 24, RULES[-1], shared=True),
+]
+BACKENDS = [
+    pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+    for backend, dtypes in {
+        "blocked": (torch.float32, torch.bfloat16),
+        "triton": (torch.float32, torch.float16),  # Triton's interpreter gets bfloat16 products wrong
+    }.items()
+    for dtype in dtypes
+]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that short batches have several, panels and launches too."""
+    config = configurations.Configuration(16, 32, 16, 4, 2)
+    for name in ("sums", "weights", "product"):
+        monkeypatch.setattr(configurations, name, lambda *_: config)
+    monkeypatch.setattr(triton_room, "PANEL_ROWS", 48)
+    monkeypatch.setattr(triton_room, "PANEL_COLUMNS", 64)
+    monkeypatch.setattr(triton_room, "PARTIAL_BYTES", 4 * 32 * 2)
+    monkeypatch.setattr(blocked, "PANEL_ROWS", 16)
+    monkeypatch.setattr(blocked, "TILE_BYTES", 16 * 32 * 4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_losses_and_gradients_are_as_exact_as_pytorch(case, backend, dtype):
+    for name, *results in three_ways(case, dtype, backend):
+        factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
+        assert_error_within(*results, factor=factor, name=name)
+
+
+@pytest.mark.parametrize("case", MANY_TILES, ids=str)
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_many_tiles(small_tiles, case, backend):
+    for name, *results in three_ways(case, torch.float32, backend):
+        factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
+        assert_error_within(*results, factor=factor, name=name)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    rows=st.integers(8, 70),
+    more=st.integers(0, 40),
+    width=st.integers(8, 40),
+    rule=st.fixed_dictionaries(
+        {
+            "similarity": st.sampled_from(["cos", "dot"]),
+            "symmetric": st.booleans(),
+            "query_negatives": st.booleans(),
+            "false_negative_margin": st.none() | st.floats(-0.5, 0.5).map(lambda x: x + 0.000123),
+        }
+    ),
+    shared=st.booleans(),
+    same=st.booleans(),
+)
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_generated_shapes_and_rules(backend, rows, more, width, rule, shared, same):
+    case = Case(rows, rows + more, width, rule, shared, same, scale=5.0)
+    for name, *results in three_ways(case, torch.float32, backend):
+        factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
+        assert_error_within(*results, factor=factor, name=name)
+
+
+@pytest.mark.parametrize("case", [Case(6, 9, 5, rule, shared=True, same=True) for rule in RULES], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_gradcheck_in_float64(backend, case):
+    queries, documents = (x.clone().requires_grad_() for x in case.inputs(torch.float64))
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    arguments = {**case.settings, **case.targets(), "backend": backend, "reduction": "none"}
+    assert torch.autograd.gradcheck(
+        lambda q, d, s: contrastive_loss(q, d, scale=s, **arguments), (queries, documents, scale), fast_mode=True
+    )
+
+
+def test_the_reference_is_the_textbook_formula():
+    queries, documents = Case(5, 8, 6).inputs(torch.float64)
+    expected = []
+    for i in range(5):
+        cosines = torch.stack([torch.cosine_similarity(queries[i], d, dim=0) for d in documents])
+        expected.append(-(20 * cosines[i]) + (20 * cosines).exp().sum().log())
+    loss = contrastive_loss(queries, documents, backend="reference")
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_documents_of_one_id_are_never_negatives_of_each_other(backend):
+    queries, documents = Case(4, 6, 8).inputs(torch.float32)
+    documents[5], documents[3] = documents[0], documents[1]
+    marked = contrastive_loss(
+        queries, documents, ids=torch.tensor([7, 9, 2, 9, 4, 7]), reduction="none", backend=backend
+    )
+    rows = [(0, [1, 2, 3, 4]), (1, [0, 2, 4, 5]), (2, [0, 1, 3, 4, 5]), (3, [0, 2, 4, 5])]
+    for i, negatives in rows:
+        alone = contrastive_loss(queries[[i]], documents[[i, *negatives]], backend="reference")
+        torch.testing.assert_close(marked[i], alone)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_negatives_above_the_margin_are_left_out(backend):
+    queries = torch.tensor([[1.0, 0.0]])
+    angles = torch.tensor([0.5, 0.3, 0.9, 2.0])  # the second is closer than the positive
+    documents = torch.stack([angles.cos(), angles.sin()], dim=1)
+    margin = 0.05
+    kept = contrastive_loss(queries, documents[[0, 2, 3]], backend="reference")
+    torch.testing.assert_close(
+        contrastive_loss(queries, documents, false_negative_margin=margin, backend=backend), kept
+    )
+    everything = contrastive_loss(queries, documents, false_negative_margin=0.2, backend=backend)
+    torch.testing.assert_close(everything, contrastive_loss(queries, documents, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_without_a_negative_the_loss_and_its_gradients_are_zero(backend):
+    case = Case(3, 3, 8, {"symmetric": True, "query_negatives": True})
+    queries, documents = case.inputs(torch.float32)
+    found = losses_and_gradients(case, queries, documents, backend, ids=torch.tensor([4, 4, 4]))
+    assert all(not x.any() for x in (*found[:3], found[3][0]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_a_row_of_zeros_has_no_gradient_and_breaks_nothing(backend):
+    case = Case(4, 6, 8, {"symmetric": True})
+    queries, documents = case.inputs(torch.float32)
+    queries[1] = documents[2] = documents[5] = 0
+    losses, dqueries, ddocuments, dscale = losses_and_gradients(case, queries, documents, backend)
+    assert all(x.isfinite().all() for x in (losses, dqueries, ddocuments, dscale))
+    assert not dqueries[1].any()
+    assert not ddocuments[[2, 5]].any()
+    assert dqueries[0].any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30], ids=str)
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_cosines_of_huge_and_tiny_rows(backend, size):
+    case = Case(20, 33, 16)
+    queries, documents = case.inputs(torch.float32)
+    expected = contrastive_loss(queries, documents, backend="reference")
+    torch.testing.assert_close(contrastive_loss(queries * size, documents / size, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one-way", "symmetric"])
+def test_logits_of_ten_thousand(backend, symmetric):
+    case = Case(40, 70, 16, {"similarity": "dot", "symmetric": symmetric, "query_negatives": True}, scale=1.0)
+    queries, documents = case.inputs(torch.float32)
+    queries[:, 0], documents[:, 0] = 100, torch.where(documents[:, 0] > 0, 100, -100)
+    for name, *results in three_ways(case, torch.float32, backend, (queries, documents)):
+        if name == "dscale":  # a sum of logits: what is left of it is their rounding
+            assert results[0].isfinite().all()
+            continue
+        factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
+        assert_error_within(*results, factor=factor, name=name)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_a_nearly_perfect_batch_keeps_its_small_loss(backend):
+    queries = torch.eye(12)
+    scale = 30.0
+    loss = contrastive_loss(queries, queries, scale=scale, backend=backend)
+    expected = torch.log1p(11 * torch.tensor(-scale, dtype=torch.float64).exp()).float()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_two_runs_give_the_same_bits(small_tiles, backend):
+    case = Case(70, 40, 24, RULES[-1], shared=True)
+    first, second = (losses_and_gradients(case, *case.inputs(torch.float32), backend) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_only_what_is_asked_for_has_a_gradient(backend, wanted):
+    case = Case(20, 33, 16, {"query_negatives": True})
+    queries, documents = case.inputs(torch.float32)
+    every = list(losses_and_gradients(case, queries, documents, backend)[1:])
+    every[2] = every[2][0]
+    tensors = [queries.clone(), documents.clone(), torch.tensor(20.0)]
+    for i in wanted:
+        tensors[i].requires_grad_()
+    losses = contrastive_loss(
+        tensors[0], tensors[1], scale=tensors[2], reduction="none", backend=backend, **case.settings
+    )
+    found = torch.autograd.grad(losses, [tensors[i] for i in wanted], 1 + torch.arange(20) / 20)
+    for i, x in zip(wanted, found, strict=True):
+        torch.testing.assert_close(x, every[i])
+
+
+def test_reductions():
+    queries, documents = Case(20, 33, 16).inputs(torch.bfloat16)
+    losses = contrastive_loss(queries, documents, reduction="none", backend="blocked")
+    assert losses.dtype == torch.float32
+    assert torch.equal(contrastive_loss(queries, documents, backend="blocked"), losses.mean())
+    assert torch.equal(contrastive_loss(queries, documents, reduction="sum", backend="blocked"), losses.sum())
+
+
+def test_a_scale_above_the_bound_keeps_a_running_maximum():
+    case = Case(40, 70, 24)
+    queries, documents = case.inputs(torch.float32)
+    documents[:40] = -queries  # every positive lies opposite: cosines of −1 at a scale of 300
+    exact = contrastive_loss(queries.double(), documents.double(), scale=300.0, backend="reference")
+    for scale in (300.0, torch.tensor(300.0)):
+        for backend in ("blocked", "triton"):
+            loss = contrastive_loss(queries, documents, scale=scale, backend=backend)
+            torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
