@@ -6,6 +6,7 @@ if __name__ == "kernels":
     __version__ = "0"
 else:
     from .attention import attention
+    from .contrastive import contrastive_loss
     from .cross_entropy import linear_cross_entropy
     from .layout import SequenceLayout
     from .linear import linear
@@ -13,4 +14,13 @@ else:
     from .rms_norm import rms_norm
     from .rotary import rotary
 
-    __all__ = ["SequenceLayout", "attention", "linear", "linear_cross_entropy", "pool", "rms_norm", "rotary"]
+    __all__ = [
+        "SequenceLayout",
+        "attention",
+        "contrastive_loss",
+        "linear",
+        "linear_cross_entropy",
+        "pool",
+        "rms_norm",
+        "rotary",
+    ]
