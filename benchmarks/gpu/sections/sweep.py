@@ -17,6 +17,7 @@ from benchmarks.gpu.sections.attention import WIDTH, Problem
 from benchmarks.gpu.timing import Clock
 from llm2vec_fast.kernels.attention import configurations
 from llm2vec_fast.kernels.attention.configurations import Configuration
+from llm2vec_fast.kernels.tiles import PADDED_TO
 
 # What is timed to compare configurations of a kernel; the backward pass runs both of its kernels, one of them varied.
 KERNELS = {"forward": "forward", "backward_keys": "backward", "backward_queries": "backward"}
@@ -24,7 +25,8 @@ HEAD_DIMS = (128, 64)
 LENGTH, TOKENS = 4096, 8192
 COMPILERS = 8
 LEAST_SECONDS = 4.0
-BLOCKS = (16, 32, 64, 128, 256)
+# The backward kernels read buffers in which every sequence is padded to so many rows: no larger tile may be tried.
+BLOCKS = tuple(block for block in (16, 32, 64, 128, 256) if block <= PADDED_TO)
 
 
 def rows(context: Context) -> Iterator[Row]:
