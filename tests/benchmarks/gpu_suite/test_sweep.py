@@ -22,7 +22,6 @@ def test_neighbours_differ_in_one_choice_and_begin_with_the_chosen_one():
     assert {(x.block_q, x.block_k) for x in around} == {
         (128, 64),
         (64, 64),
-        (256, 64),
         (128, 32),
         (128, 128),
         (64, 128),
