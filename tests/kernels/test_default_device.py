@@ -6,7 +6,7 @@ The default here is "meta", on which nothing can be read: a helper tensor made w
 import pytest
 import torch
 
-from llm2vec_fast.kernels import SequenceLayout, attention, pool
+from llm2vec_fast.kernels import SequenceLayout, attention, contrastive_loss, linear_cross_entropy, pool
 
 MASK = [[0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
 
@@ -41,6 +41,24 @@ def test_pooling(backend, mode):
             hidden = torch.randn(layout.total, 5, device="cpu", requires_grad=True)
             skip = torch.ones(len(layout), dtype=torch.int64, device="cpu")
             torch.autograd.grad(pool(hidden, layout, mode, skip, backend=backend).sum(), hidden)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_losses(backend):
+    generator = torch.Generator().manual_seed(0)
+    rows, others = torch.randn((2, 20, 16), generator=generator, device="cpu").requires_grad_().unbind(0)
+    labels = torch.tensor([-100, *range(19)], device="cpu")
+    ids = torch.arange(20, device="cpu") // 2
+    results = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            losses = (
+                linear_cross_entropy(rows, others, labels, backend=backend),
+                contrastive_loss(rows, others, symmetric=True, ids=ids, false_negative_margin=0.1, backend=backend),
+            )
+            gradients = [torch.autograd.grad(loss, (rows, others), retain_graph=True) for loss in losses]
+            results.append([*losses, *(x for pair in gradients for x in pair)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_a_layout_of_lengths_is_made_on_the_default_device():
