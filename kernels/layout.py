@@ -149,12 +149,18 @@ class SequenceLayout:
         zero = self.lengths.new_zeros(1)
         return torch.cat([zero, self.lengths.cumsum(0, dtype=torch.int32)])
 
-    @cached_property
+    @property
     def sequence_ids(self) -> Tensor:
-        """(total,) int64: which sequence each row belongs to, −1 on padding rows."""
-        ids = torch.full((self.total,), -1, dtype=torch.int64, device=self.device)
-        ids[self.rows] = torch.arange(len(self), device=self.device).repeat_interleave(self.lengths.long())
-        return ids
+        """(total,) int64: which sequence each row belongs to, −1 on padding rows. Made anew at each access.
+
+        No step has a size that depends on values, so that torch.compile takes it whole.
+        """
+        starts, lengths = self.starts.long(), self.lengths.long()
+        rows = torch.arange(self.total, device=self.device)
+        order = (2 * starts + (lengths > 0)).argsort()  # an empty sequence never hides the one that starts with it
+        last = torch.searchsorted(starts[order], rows, right=True) - 1
+        ids = order[last.clamp(min=0)]
+        return torch.where((last >= 0) & (rows < starts[ids] + lengths[ids]), ids, -1)
 
     @cached_property
     def rows(self) -> Tensor:
@@ -164,10 +170,9 @@ class SequenceLayout:
         within = torch.arange(sequence.shape[0], device=self.device) - (lengths.cumsum(0) - lengths)[sequence]
         return self.starts.long()[sequence] + within
 
-    @cached_property
+    @property
     def position_ids(self) -> Tensor:
-        """(total,) int64: position of each row within its sequence, 0 on padding rows."""
-        positions = torch.zeros(self.total, dtype=torch.int64, device=self.device)
-        ids = self.sequence_ids[self.rows]
-        positions[self.rows] = self.rows - self.starts.long()[ids]
-        return positions
+        """(total,) int64: position of each row within its sequence, 0 on padding rows. Made anew at each access."""
+        ids = self.sequence_ids
+        positions = torch.arange(self.total, device=self.device) - self.starts.long()[ids.clamp(min=0)]
+        return torch.where(ids >= 0, positions, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..dispatch import choose_for
 from ..layout import SequenceLayout
 from . import flash
-from .blocked import attention_blocked
+from .blocked_operator import attention_blocked
 from .dropout import Dropout, threshold_of
 from .operator import attention_operator
 from .reference import attention_reference
@@ -88,17 +87,18 @@ def attention(
             offer.package, q, k, v, layout, dropout_p=dropout_p, return_lse=return_lse, **settings
         )
         return (out, lse) if return_lse else out
+    seed = _seed_tensor(seed, q.device) if dropout_p else None
     if choice == "triton":
-        seed = _seed_tensor(seed, q.device) if dropout_p else None
         out, lse = attention_operator(
             q, k, v, layout.starts, layout.lengths, seed, causal, -1 if window is None else window, softcap or 0.0,
             scale, threshold_of(dropout_p),
         )  # fmt: skip
         return (out, lse.detach().T * math.log(2)) if return_lse else out
-    dropout = Dropout(threshold_of(dropout_p), int(_seed_tensor(seed, "cpu"))) if dropout_p else None
     if choice == "blocked":
-        out = attention_blocked(q, k, v, layout, dropout=dropout, **settings)
-        return (out, _log_sum_exp(q, k, v, layout, settings)) if return_lse else out
+        threshold = threshold_of(dropout_p)
+        out, lse = attention_blocked(q, k, v, layout, threshold=threshold, seed=seed, return_lse=return_lse, **settings)
+        return (out, lse.detach()) if return_lse else out
+    dropout = Dropout(threshold_of(dropout_p), int(seed)) if dropout_p else None
     out, lse = attention_reference(q, k, v, layout, dropout=dropout, **settings)
     return (out, lse.detach()) if return_lse else out
 
@@ -106,12 +106,6 @@ def attention(
 def _implemented(dtype: torch.dtype, offer: flash.Offer) -> tuple[str, ...]:
     ours = _FLOAT64 if dtype == torch.float64 else _ALL
     return ours if offer.machine_can and offer.package is None else (*ours, "flash")
-
-
-@torch.no_grad()
-def _log_sum_exp(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, settings: dict[str, Any]) -> Tensor:
-    """The blocked path does not keep it; who asks for it, to look into a model or to test, pays for a second pass."""
-    return attention_reference(q, k, v, layout, **settings)[1]
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor:

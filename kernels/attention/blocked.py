@@ -1,82 +1,102 @@
-"""Attention in plain PyTorch, lean in memory and fast on a CPU.
+"""Attention in plain PyTorch, lean in memory and fast on a CPU, forward and backward.
 
-Sequences of equal length share one batched matrix product: a forward pass over short texts makes a handful of calls a
-layer instead of one a text. Each product is cut into blocks of queries so that the scores of a block stay in cache and
-never grow with the square of a text's length.
+Sequences of equal length share one batched matrix product. Each product is cut into blocks of queries so that the
+scores of a block stay in cache and never grow with the square of a text's length; the backward pass computes them again
+instead of keeping them.
 
 Without gradients a sequence is padded to the next multiple of a few tokens, which depends on nothing but its own
 length, so that its result is the same to the last bit whatever shares its batch. With gradients, where batches are
-shuffled and lengths seldom equal, sequences of near-equal length are padded into one call.
+shuffled and lengths seldom equal, sequences of near-equal length are padded into one call. Long sequences in float32
+run through PyTorch's own flash attention for CPUs, see `cpu_flash`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..layout import SequenceLayout
+from . import cpu_flash
 from .dropout import Dropout
+from .grouping import QUERY_BLOCK, Group, Plan, plan
 
-# Scores held at once. On 2 Zen 5 cores 0.5 to 2 MiB ran alike and 8 MiB, past the level-2 caches, half as fast.
-BLOCK_SCORES = 512 * 1024
-QUERY_BLOCK = 256
-# Without gradients, sequences of up to PADDED_LENGTH tokens are padded to a multiple of this. Besides fewer and more
-# even products that is fewer shapes, and oneDNN keeps half a MiB of generated code for every shape it has met.
-LENGTH_STEP = 16
-# With gradients, sequences share a padded call while padding stays below this part of it, up to this length.
-PADDING_SHARE = 0.15
-PADDED_LENGTH = 512
-# As many layouts can be in use at once as there are cores, each with a batch of its own.
-LAYOUTS_KEPT = 256
+# Scores held at once, which several passes read. On Zen 5 cores with 1 MiB of level-2 cache each, float32 ran fastest
+# with 32 to 128 Ki (a quarter slower with 1 Mi), bfloat16 with 128 to 512 Ki, whose fewer calls cost oneDNN less.
+BLOCK_SCORES = {torch.float32: 64 * 1024, torch.float64: 32 * 1024}
+BLOCK_SCORES_16_BIT = 512 * 1024
+# Below this many queries a product is too flat to run fast; a long sequence's scores then exceed the budget.
+LEAST_QUERIES = 32
+
+
+def blocked_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, rule: Rule, *, training: bool, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Output (T, Hq, D) and log-sum-exp (T, Hq), zeros and −inf on rows in no sequence.
+
+    ``training`` allows sequences of near-equal length to share a call, and prepares for `blocked_backward`. Without
+    ``with_lse`` the log-sum-exp is there only where that needs it.
+    """
+    made = _plan(q, k, starts, lengths, rule, training)
+    results = (
+        (run, cpu_flash.forward(*(x[run.rows] for x in (q, k, v)), run.count, rule, with_gradient=training))
+        for run in made.runs
+    )
+    if made.is_one_run:
+        return next(results)[1]
+    out = (torch.empty if made.full else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:2], float("-inf"), dtype=accumulator(q.dtype), device=q.device)
+    for run, (part, sums) in results:
+        out[run.rows], lse[run.rows] = part, sums
+    if made.groups:
+        q, k, v, out_by_head, lse_by_head = (_by_key_head(x, k.shape[1]) for x in (q, k, v, out, lse))
+    for group in made.groups:
+        part, sums = _Step(*map(group.take, (q, k, v)), group, rule).forward(with_lse)
+        group.put(part, out_by_head)
+        if sums is not None:
+            group.put(sums, lse_by_head)
+    return out, lse
+
+
+def blocked_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, lengths: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their shapes and dtype, from the gradient of the output and what forward returned."""
+    made = _plan(q, k, starts, lengths, rule, training=True)
+    results = (
+        (run, cpu_flash.backward(*(x[run.rows] for x in (grad, q, k, v, out, lse)), run.count, rule))
+        for run in made.runs
+    )
+    if made.is_one_run:
+        return next(results)[1]
+    new = torch.empty if made.full else torch.zeros
+    gradients = [new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    for run, parts in results:
+        for part, whole in zip(parts, gradients, strict=True):
+            whole[run.rows] = part
+    if made.groups:
+        grad, q, k, v, *by_head = (_by_key_head(x, k.shape[1]) for x in (grad, q, k, v, *gradients))
+    for group in made.groups:
+        step = _Step(*map(group.take, (q, k, v)), group, rule)
+        for part, whole in zip(step.backward(group.take(grad)), by_head, strict=True):
+            group.put(part, whole)
+    dq, dk, dv = gradients
+    return dq, dk, dv
+
+
+def _plan(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, rule: Rule, training: bool) -> Plan:
+    runs = cpu_flash.lengths(q, rule, training)
+    return plan(starts, lengths, q.shape[0], training, q.shape[1], k.shape[1], _budget(q.dtype), runs)
+
+
+def _budget(dtype: torch.dtype) -> int:
+    return BLOCK_SCORES.get(dtype, BLOCK_SCORES_16_BIT)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Sequences that run as one (count, length) batch; ``rows`` finds them in the flat batch."""
-
-    count: int
-    length: int
-    rows: slice | Tensor
-    tokens: Tensor | None  # (tokens,) positions within count·length that are real; None: all of them
-    unpadded: int  # keys that are real in every sequence
-    pad_keys: Tensor | None  # (count, 1, 1, length − unpadded) bool, True on padding; None: none
-    sequences: Tensor  # (count,) their numbers in the layout
-
-
-def attention_blocked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: SequenceLayout,
-    *,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """q (T, Hq, D), k and v (T, Hkv, D) → (T, Hq, D); zeros on rows of no sequence. Differentiable by autograd."""
-    exact = not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-    groups = _groups(layout, exact)
-    rule = _Rule(causal, window, softcap, scale, dropout)
-    if len(groups) == 1 and groups[0].rows == slice(0, q.shape[0]):
-        return _attend(*(_take(x, groups[0]) for x in (q, k, v)), groups[0], rule).flatten(0, 1)
-    outputs = [_real(_attend(*(_take(x, group) for x in (q, k, v)), group, rule), group) for group in groups]
-    if not outputs:
-        return torch.zeros_like(q) + (q.sum() + k.sum() + v.sum()) * 0
-    rows = _output_rows(layout, exact)
-    joined = torch.cat(outputs)
-    if layout.total == joined.shape[0]:
-        return joined if rows is None else joined.index_select(0, rows)
-    return joined.new_zeros(q.shape).index_copy(0, rows, joined)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """Which keys a query sees, and how its scores are made."""
+class Rule:
+    """Which keys a query sees, how its scores are made, and what is dropped: the same forward and backward."""
 
     causal: bool
     window: int | None
@@ -84,161 +104,182 @@ class _Rule:
     scale: float
     dropout: Dropout | None
 
+    @classmethod
+    def of(cls, causal: bool, window: int, softcap: float, scale: float, threshold: int, seed: Tensor | None) -> Rule:
+        dropout = Dropout(threshold, int(seed)) if threshold else None
+        return cls(causal, None if window < 0 else window, softcap or None, scale, dropout)
+
     def keys(self, first: int, last: int, length: int) -> tuple[int, int]:
         """The key range that queries first … last − 1 can see."""
         low = 0 if self.window is None else max(0, first - self.window)
         high = last if self.causal else length if self.window is None else min(length, last + self.window)
         return low, high
 
-    def hidden(self, first: int, last: int, low: int, high: int, device: torch.device) -> Tensor | None:
-        """(queries, keys) bool, True where a key in range is out of sight; None where every one is seen."""
+    def bias(self, first: int, last: int, low: int, high: int, like: Tensor) -> Tensor | None:
+        """(queries, 1, keys): −inf where a key in range is out of sight, else 0; None where every one is seen."""
         widest = max(last - 1 - low, high - 1 - first)
         if not self.causal and (self.window is None or widest <= self.window):
             return None
-        distance = torch.arange(first, last, device=device)[:, None] - torch.arange(low, high, device=device)
+        distance = torch.arange(first, last, device=like.device)[:, None] - torch.arange(low, high, device=like.device)
         hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
-        return hidden if self.window is None else hidden | (distance.abs() > self.window)
+        if self.window is not None:
+            hidden = hidden | (distance.abs() > self.window)
+        return _bias(hidden, like)[:, None]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, group: _Group, rule: _Rule) -> Tensor:
-    """q (N, L, Hq, D), k and v (N, L, Hkv, D) → (N, L, Hq, D)."""
-    count, length, q_heads, width = q.shape
-    kv_heads = k.shape[2]
-    shared = q_heads // kv_heads
-    # (N, Hkv, g, L, D) and (N, Hkv, L, D)
-    q = q.view(count, length, kv_heads, shared, width).permute(0, 2, 3, 1, 4)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    per_step = max(1, BLOCK_SCORES // max(1, q_heads * min(length, QUERY_BLOCK) * length))
-    steps = [slice(i, min(count, i + per_step)) for i in range(0, count, per_step)]
-    parts = [_attend_step(q[step], k[step], v[step], group, step, rule) for step in steps]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+class _Step:
+    """One group's rows, heads first: a batch of (key head, sequence) pairs.
 
-
-def _attend_step(q: Tensor, k: Tensor, v: Tensor, group: _Group, step: slice, rule: _Rule) -> Tensor:
-    """q (n, Hkv, g, L, D), k and v (n, Hkv, L, D) → (n, L, Hkv·g, D), a block of queries at a time."""
-    length = q.shape[3]
-    if length <= QUERY_BLOCK:
-        return _attend_block(q, k, v, group, step, rule, 0)
-    blocks = [
-        _attend_block(q[:, :, :, first : first + QUERY_BLOCK], k, v, group, step, rule, first)
-        for first in range(0, length, QUERY_BLOCK)
-    ]
-    return torch.cat(blocks, dim=1)
-
-
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, group: _Group, step: slice, rule: _Rule, first: int) -> Tensor:
-    """Queries ``first`` … of each sequence against every key they can see."""
-    count, kv_heads, shared, queries, width = q.shape
-    low, high = rule.keys(first, first + queries, k.shape[2])
-    k, v = k[:, :, low:high].flatten(0, 1), v[:, :, low:high].flatten(0, 1)
-    rows = q.reshape(count * kv_heads, shared * queries, width)
-    scores = torch.baddbmm(rows.new_empty(()), rows, k.transpose(1, 2), beta=0, alpha=rule.scale)
-    if rule.softcap is not None:
-        scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    scores = scores.view(count, kv_heads * shared, queries, high - low)
-    hidden = rule.hidden(first, first + queries, low, high, q.device)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, float("-inf"))
-    if group.pad_keys is not None and high > group.unpadded:
-        begin = max(low, group.unpadded)
-        padding = group.pad_keys[step, ..., begin - group.unpadded : high - group.unpadded]
-        # Finite: a padding query whose window holds padding alone must not become NaN, which gradients would spread.
-        scores[..., begin - low :].masked_fill_(padding, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1)
-    if rule.dropout is not None:
-        heads = torch.arange(kv_heads * shared, device=q.device)
-        positions = torch.arange(first, first + queries, device=q.device)
-        factors = rule.dropout.factors(group.sequences[step], heads, positions, low, high)
-        weights = weights * factors.to(weights.dtype)
-    out = torch.bmm(weights.view(count * kv_heads, shared * queries, high - low), v).view(
-        count, kv_heads, shared, queries, width
-    )
-    return out.permute(0, 3, 1, 2, 4).reshape(count, queries, kv_heads * shared, width)
-
-
-def _take(x: Tensor, group: _Group) -> Tensor:
-    rows = x[group.rows] if isinstance(group.rows, slice) else x.index_select(0, group.rows)
-    return rows.unflatten(0, (group.count, group.length))
-
-
-def _real(out: Tensor, group: _Group) -> Tensor:
-    flat = out.flatten(0, 1)
-    return flat if group.tokens is None else flat.index_select(0, group.tokens)
-
-
-@lru_cache(maxsize=LAYOUTS_KEPT)
-def _groups(layout: SequenceLayout, exact: bool) -> tuple[_Group, ...]:
-    """Made once a layout: every layer of a forward pass asks with the same one."""
-    return tuple(_make_group(layout, members, exact) for members in _members(layout, exact))
-
-
-@lru_cache(maxsize=LAYOUTS_KEPT)
-def _output_rows(layout: SequenceLayout, exact: bool) -> Tensor | None:
-    """Where the groups' outputs, joined, belong; None where they already are in order.
-
-    For a packed batch the inverse permutation (a gather is faster than a scatter), else the target rows.
+    The query heads that share a key head lie side by side in the rows of q, (position, member), so that one product
+    serves them all.
     """
-    starts, lengths = layout.starts.tolist(), layout.lengths.tolist()
-    order = [i for members in _members(layout, exact) for i in members]
-    targets = torch.cat([torch.arange(starts[i], starts[i] + lengths[i], device="cpu") for i in order])
-    if targets.numel() < layout.total:
-        return targets.to(layout.device)
-    if torch.equal(targets, torch.arange(layout.total, device="cpu")):
-        return None
-    return targets.argsort().to(layout.device)
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, group: Group, rule: Rule) -> None:
+        """q (Hkv, n·L, g·D), k and v (Hkv, n·L, D)."""
+        self.kv_heads, _, width = k.shape
+        self.shared = q.shape[2] // width
+        self.group, self.rule = group, rule
+        # (Hkv·n, L·g, D) and (Hkv·n, L, D)
+        self.q, self.k, self.v = (x.reshape(self.kv_heads * group.count, -1, width) for x in (q, k, v))
+
+    def forward(self, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """(Hkv, n·L, g·D) and, if asked for, the log-sum-exp (Hkv, n·L, g)."""
+        blocks = list(self._blocks())
+        out = torch.empty_like(self.q) if len(blocks) > 1 else None
+        lse = self.q.new_empty(self.q.shape[:2], dtype=accumulator(self.q.dtype)) if with_lse else None
+        for block in blocks:
+            scores, _ = self._scores(block)
+            weights = torch.softmax(scores, dim=-1)
+            factors = self._factors(block, weights.dtype)
+            if factors is not None:
+                weights *= factors
+            part = torch.bmm(weights, self.v[block.batch, block.keys])
+            if out is None:
+                out = part
+            else:
+                out[block.batch, block.rows] = part
+            if lse is not None:
+                lse[block.batch, block.rows] = torch.logsumexp(scores.to(lse.dtype), dim=-1)
+        return self._by_head(out), None if lse is None else self._by_head(lse)
+
+    def backward(self, grad: Tensor) -> Iterator[Tensor]:
+        """dQ (Hkv, n·L, g·D), dK and dV (Hkv, n·L, D) from the gradient of the output, like dQ."""
+        grad = grad.reshape(self.q.shape)
+        if self.group.padding is not None:
+            by_row = grad.view(self.kv_heads, *self.group.padding.shape, -1)
+            grad = by_row.masked_fill(self.group.padding[..., None], 0).view(self.q.shape)
+        dq = torch.empty_like(self.q)
+        dk, dv = (torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in (self.k, self.v))
+        for block in self._blocks():
+            self._add_block(block, grad[block.batch, block.rows], dq, dk, dv)
+        return (self._by_head(x).to(self.q.dtype) for x in (dq, dk, dv))
+
+    def _add_block(self, block: _Block, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        scores, slope = self._scores(block, with_slope=True)
+        weights = kept = torch.softmax(scores, dim=-1)
+        d_weights = torch.bmm(grad, self.v[block.batch, block.keys].transpose(1, 2))
+        factors = self._factors(block, weights.dtype)
+        if factors is not None:
+            kept = weights * factors
+            d_weights *= factors
+        dv[block.batch, block.keys] += torch.bmm(kept.transpose(1, 2), grad)
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        if slope is not None:
+            d_scores *= slope
+        dq[block.batch, block.rows] = _scaled_product(d_scores, self.k[block.batch, block.keys], self.rule.scale)
+        q = self.q[block.batch, block.rows]
+        dk[block.batch, block.keys] += _scaled_product(d_scores.transpose(1, 2), q, self.rule.scale)
+
+    def _blocks(self) -> Iterator[_Block]:
+        """All of a group that fits the budget at once; a long sequence some heads and queries at a time."""
+        length, batch = self.group.length, self.q.shape[0]
+        queries = min(length, QUERY_BLOCK)
+        reach = length if self.rule.window is None else min(length, queries + 2 * self.rule.window)
+        budget = _budget(self.q.dtype)
+        if self.group.count == 1:
+            batch = min(batch, max(1, budget // (self.shared * queries * reach)))
+            queries = min(queries, max(LEAST_QUERIES, budget // (self.shared * batch * reach)))
+        for start in range(0, self.q.shape[0], batch):
+            for first in range(0, length, queries):
+                last = min(first + queries, length)
+                low, high = self.rule.keys(first, last, length)
+                yield _Block(slice(start, min(start + batch, self.q.shape[0])), first, last, low, high, self.shared)
+
+    def _scores(self, block: _Block, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(batch, queries·g, keys), −inf where a key is out of sight, and what softcap multiplies their gradient by."""
+        k = self.k[block.batch, block.keys]
+        scores = _scaled_product(self.q[block.batch, block.rows], k.transpose(1, 2), self.rule.scale)
+        slope = None
+        if self.rule.softcap is not None:
+            scores = scores.div_(self.rule.softcap).tanh_()
+            slope = 1 - scores.square() if with_slope else None
+            scores *= self.rule.softcap
+        grid = scores.unflatten(1, (-1, self.shared))
+        bias = self.rule.bias(block.first, block.last, block.low, block.high, scores)
+        if bias is not None:
+            grid += bias
+        if self.group.padding is not None and block.high > self.group.unpadded:
+            begin = max(block.low, self.group.unpadded)
+            padding = self.group.padding[:, None, begin : block.high]
+            # Finite: a padding query whose window holds padding alone must not be NaN, which gradients would spread.
+            by_sequence = scores.unflatten(0, (-1, self.group.count))
+            by_sequence[..., begin - block.low :].masked_fill_(padding, torch.finfo(scores.dtype).min)
+        return scores, slope
+
+    def _factors(self, block: _Block, dtype: torch.dtype) -> Tensor | None:
+        """What dropout multiplies the weights by, in their shape."""
+        if self.rule.dropout is None:
+            return None
+        count, device = self.group.count, self.q.device
+        heads = range(block.batch.start // count * self.shared, block.batch.stop // count * self.shared)
+        factors = self.rule.dropout.factors(
+            self.group.sequences,
+            torch.tensor(heads, device=device),
+            torch.arange(block.first, block.last, device=device),
+            block.low,
+            block.high,
+        )  # (n, h·g, queries, keys)
+        by_head = factors.to(dtype).unflatten(1, (-1, self.shared)).permute(1, 0, 3, 2, 4)
+        return by_head.flatten(0, 1).flatten(1, 2)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(Hkv·n, L·m, …) → (Hkv, n·L, …)."""
+        return x.view(self.kv_heads, self.group.count * self.group.length, -1)
 
 
-@lru_cache(maxsize=LAYOUTS_KEPT)
-def _members(layout: SequenceLayout, exact: bool) -> tuple[tuple[int, ...], ...]:
-    """Sequence numbers by group: longest first, equal or near-equal lengths together, empty sequences left out."""
-    lengths = layout.lengths.tolist()
-    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
-    groups: list[list[int]] = []
-    tokens = 0
-    for i in order:
-        longest = lengths[groups[-1][0]] if groups else 0
-        if exact:
-            fits = _padded_length(lengths[i]) == _padded_length(longest)
-        else:
-            fits = lengths[i] == longest or _may_pad(longest, len(groups[-1]) + 1 if groups else 1, tokens + lengths[i])
-        if groups and fits:
-            groups[-1].append(i)
-            tokens += lengths[i]
-        else:
-            groups.append([i])
-            tokens = lengths[i]
-    return tuple(tuple(sorted(group)) for group in groups)
+@dataclass(frozen=True)
+class _Block:
+    """Some (key head, sequence) pairs, their queries first … last − 1, and the keys low … high − 1 those can see."""
+
+    batch: slice
+    first: int
+    last: int
+    low: int
+    high: int
+    shared: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first * self.shared, self.last * self.shared)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.low, self.high)
 
 
-def _may_pad(longest: int, count: int, tokens: int) -> bool:
-    return longest <= PADDED_LENGTH and count * longest - tokens <= PADDING_SHARE * count * longest
+def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+    """(T, H, D) → (T, Hkv, g·D) contiguous, the query heads of one key head side by side."""
+    return x.unflatten(1, (kv_heads, -1)).flatten(2).contiguous()
 
 
-def _padded_length(length: int) -> int:
-    return -(-length // LENGTH_STEP) * LENGTH_STEP if length <= PADDED_LENGTH else length
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
-def _make_group(layout: SequenceLayout, members: tuple[int, ...], exact: bool) -> _Group:
-    sequences = torch.tensor(members, device="cpu")
-    starts, lengths = layout.starts.cpu().long()[sequences], layout.lengths.cpu().long()[sequences]
-    sequences = sequences.to(layout.device)
-    count, shortest, longest = len(members), int(lengths.min()), int(lengths.max())
-    longest = _padded_length(longest) if exact else longest
-    if shortest == longest:
-        first = int(starts[0])
-        if torch.equal(starts, first + torch.arange(count, device="cpu") * longest):
-            return _Group(count, longest, slice(first, first + count * longest), None, longest, None, sequences)
-        rows = (starts[:, None] + torch.arange(longest, device="cpu")).flatten()
-        return _Group(count, longest, rows.to(layout.device), None, longest, None, sequences)
-    positions = torch.arange(longest, device="cpu")
-    real = positions < lengths[:, None]
-    rows = starts[:, None] + positions.minimum(lengths[:, None] - 1)  # padding repeats the last token
-    return _Group(
-        count,
-        longest,
-        rows.flatten().to(layout.device),
-        real.flatten().nonzero().flatten().to(layout.device),
-        shortest,
-        ~real[:, None, None, shortest:].to(layout.device),
-        sequences,
-    )
+def _bias(hidden: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64: what sums are kept in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from attention_cases import LAYOUTS, Case, make_layout, three_ways
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import GRADIENT_FACTOR, assert_error_within
 
 from llm2vec_fast.kernels.attention import attention, configurations
@@ -45,6 +47,29 @@ def test_gradients_are_as_exact_as_pytorch(case, backend, dtype):
         assert_error_within(*results, factor=GRADIENT_FACTOR, name=name)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 80), max_size=6),
+    layout=st.sampled_from(LAYOUTS),
+    causal=st.booleans(),
+    window=st.none() | st.integers(0, 90),
+    softcap=st.none() | st.floats(0.5, 50),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.5]),
+    group=st.integers(1, 3),
+    head_dim=st.integers(8, 40),
+)
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
+def test_gradients_of_generated_layouts_and_rules(
+    backend, lengths, layout, causal, window, softcap, dropout_p, group, head_dim
+):
+    rule = {"causal": causal, "window": window, "softcap": softcap, "dropout_p": dropout_p, "seed": 3}
+    case = Case(tuple(lengths), group, 1, head_dim, layout, rule)
+    for name, *results in zip(
+        ("dq", "dk", "dv"), *three_ways(case, torch.float32, backend, call=gradients), strict=True
+    ):
+        assert_error_within(*results, factor=GRADIENT_FACTOR, name=name)
+
+
 @pytest.mark.parametrize("layout", ["packed", "both"])
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_gradcheck_in_float64(backend, layout):
@@ -79,6 +104,41 @@ def test_gradients_where_every_logit_is_very_negative(backend):
     q, k = q * 0.1, k * 0.1
     q[..., 0], k[..., 0] = 100, -0.03  # logits of −300: without care the zero keys past the end would weigh e^300
     results = three_ways(case, torch.float32, backend, (q, k, v), call=gradients)
+    for name, *three in zip(("dq", "dk", "dv"), *results, strict=True):
+        assert_error_within(*three, factor=GRADIENT_FACTOR, name=name)
+
+
+@pytest.mark.parametrize("softcap", [None, 20000.0])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_gradients_at_logits_of_ten_thousand(backend, dtype, softcap):
+    case = Case((65, 130), head_dim=64, settings={"scale": 1.0, "softcap": softcap})
+    q, k, v = case.inputs(dtype)
+    q, k = q * 0.35, k * 0.35
+    q[..., 0], k[..., 0] = 100, torch.where(k[..., 0] > 0, 100, -100)  # logits of ±10,000, and ordinary differences
+    for name, *three in zip(
+        ("dq", "dk", "dv"), *three_ways(case, dtype, backend, (q, k, v), call=gradients), strict=True
+    ):
+        assert_error_within(*three, factor=GRADIENT_FACTOR, name=name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "blocked"])
+def test_gradients_where_every_row_has_a_single_key(backend):
+    case = Case((65, 1, 130))
+    q, k, v = case.inputs(torch.float32)
+    dq, dk, dv = gradients(q, k, v, case.sequence_layout(), window=0, backend=backend)
+    upstream = torch.randn(dv.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float16).float()
+    assert torch.equal(dv, upstream)
+    # Weights of 1 have no slope: dq and dk are the rounding of two sums of head_dim products that should cancel.
+    rounding = 2 * case.head_dim * torch.finfo(torch.float32).eps * (upstream.abs() * v.abs()).sum(-1).max()
+    for gradient, factor in ((dq, k), (dk, q)):
+        assert gradient.abs().max() <= rounding * factor.abs().max() * case.head_dim**-0.5
+
+
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_texts_that_share_a_padded_call_have_the_gradients_they_have_alone(backend):
+    lengths = (40, 38, 37, 40, 36)
+    case = Case(lengths, heads=4, kv_heads=2)
+    results = three_ways(case, torch.float32, backend, call=gradients)
     for name, *three in zip(("dq", "dk", "dv"), *results, strict=True):
         assert_error_within(*three, factor=GRADIENT_FACTOR, name=name)
 

@@ -135,11 +135,24 @@ def test_views_of_a_padded_batch_are_read_without_a_copy(monkeypatch):
     attention(*flat, make_layout("right", (24, 20)), backend="triton")
 
 
+@pytest.mark.parametrize("dtype", BLOCKED_DTYPES, ids=str)
+@pytest.mark.parametrize("rule", [{}, {"window": 9}, {"causal": True}], ids=str)
+def test_without_gradients_blocked_gives_a_packed_text_the_bits_it_has_alone(rule, dtype):
+    case = Case((300, 40, 3, 40, 16, 16, 16, 40, 1030), heads=6, kv_heads=2, head_dim=64)
+    layout = case.sequence_layout()
+    tensors = case.inputs(dtype)
+    together = attention(*tensors, layout, backend="blocked", **rule)
+    for rows, length in _sequences(layout):
+        alone = attention(*(x[rows] for x in tensors), make_layout("packed", (length,)), backend="blocked", **rule)
+        assert torch.equal(together[rows], alone)
+
+
+@pytest.mark.parametrize("rule", [{}, {"dropout_p": 0.3, "seed": 5}], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
-def test_two_runs_give_the_same_bits(backend):
+def test_two_runs_give_the_same_bits(backend, rule):
     case = Case((130, 7), heads=4, kv_heads=2)
     q, k, v = case.inputs(torch.float32)
-    first, second = (attention(q, k, v, case.sequence_layout(), backend=backend) for _ in range(2))
+    first, second = (attention(q, k, v, case.sequence_layout(), backend=backend, **rule) for _ in range(2))
     assert torch.equal(first, second)
 
 

@@ -1,0 +1,87 @@
+"""Long sequences in float32 on a CPU through PyTorch's own flash attention, which keeps its scores in cache.
+
+It is faster than batched products there, and its memory linear in the length. In bfloat16 it is slower than ours, and
+sums gradients in bfloat16; it has no window, softcap or dropout of our kind.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Measured on 2 Zen 5 cores: from here on it is the faster one. In training more sequences share a call of ours.
+LEAST_LENGTH = 33
+LEAST_LENGTH_TRAINING = 48
+# Before, it read past the end of keys that several query heads share.
+READS_GROUPED_HEADS = torch.__version__ >= (2, 9)
+
+
+class Rule(Protocol):
+    """What of a rule matters here."""
+
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+    dropout: object | None
+
+
+def lengths(q: Tensor, rule: Rule, training: bool) -> range:
+    """The lengths of sequences that are for `forward` and `backward` here."""
+    if q.device.type != "cpu" or q.dtype != torch.float32 or rule.softcap is not None or rule.dropout is not None:
+        return range(0)
+    least = LEAST_LENGTH_TRAINING if training else LEAST_LENGTH
+    return range(least, sys.maxsize if rule.window is None else rule.window + 2)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, count: int, rule: Rule, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """``count`` equally long sequences: q (rows, Hq, D), k and v (rows, Hkv, D) → out like q, log-sum-exp (rows, Hq).
+
+    ``with_gradient`` prepares for `backward`, which needs it.
+    """
+    q, scale = _scaled(q, rule.scale) if with_gradient else (q, rule.scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_first(q, k, v, count=count), 0.0, rule.causal, scale=scale
+    )
+    return _rows_first(out), _rows_first(lse)
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, count: int, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, in their shapes, from what `forward` gave."""
+    scaled, scale = _scaled(q, rule.scale)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_heads_first(grad, scaled, k, v, out, lse, count=count), 0.0, rule.causal, scale=scale
+    )
+    if scale != rule.scale:
+        dq *= rule.scale
+    if dk.shape[1] != k.shape[1]:  # repeated keys and values
+        dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+    return _rows_first(dq), _rows_first(dk), _rows_first(dv)
+
+
+def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """q and scale, whose product in the kernel is rounded the same forward and backward.
+
+    The kernel scales the finished logits forward, but inside their product backward: the same only for a power of
+    two. A difference between them is one between logit and log-sum-exp, which large logits magnify.
+    """
+    return (q, scale) if math.frexp(scale)[0] == 0.5 else (q * scale, 1.0)
+
+
+def _heads_first(*tensors: Tensor, count: int) -> list[Tensor]:
+    """Views (count · L, H, …) → (count, H, L, …); fewer heads are repeated to as many as the first has, if need be."""
+    views = [x.unflatten(0, (count, -1)).transpose(1, 2) for x in tensors]
+    if READS_GROUPED_HEADS:
+        return views
+    return [x.repeat_interleave(views[0].shape[1] // x.shape[1], 1) for x in views]
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """(count, H, L, …) → (count · L, H, …), a view of what the kernel returns."""
+    return x.transpose(1, 2).flatten(0, 1)
