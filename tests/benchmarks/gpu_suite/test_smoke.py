@@ -19,7 +19,7 @@ def smoke(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "benchmarks/gpu_suite.py", "--smoke", "--output", str(path)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     return run, json.loads(path.read_text())
 
 
