@@ -24,10 +24,12 @@ REQUIRED = [
     "typer>=0.19",
 ]
 GGUF = ["gguf>=0.10"]
+TRAIN = ["accelerate>=1.10", "datasets>=4", "pyyaml>=6"]
 BENCH = ["pytest-benchmark>=5", "sentence-transformers>=6.2"]
 # ruff is held to one release series: each series formats a little differently.
 TEST = [
     *GGUF,
+    *TRAIN,
     "hypothesis>=6.100",
     "pytest>=8.4",
     "pytest-benchmark>=5",
@@ -62,11 +64,12 @@ setup(
     ],
     packages=PRODUCT + KERNELS,
     package_dir={"llm2vec_fast": "llm2vec_fast", "llm2vec_fast.kernels": "kernels"},
-    package_data={"llm2vec_fast": ["py.typed"]},
+    package_data={"llm2vec_fast": ["py.typed", "training/configs/*/*.yaml"]},
     python_requires=">=3.10",
     install_requires=REQUIRED,
     extras_require={
         "gguf": GGUF,
+        "train": TRAIN,
         "flash-attn": ["flash-attn>=2.7; platform_system == 'Linux'"],
         "bench": BENCH,
         "test": TEST,

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_mod
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
 from .errors import ModelLoadError
@@ -26,6 +26,11 @@ from .errors import ModelLoadError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "llm2vec_config.json"
+_KEY_STYLES = (
+    (r"^", ""),
+    (r"^base_model\.model\.model\.", "base_model.model."),
+    (r"^base_model\.model\.", "base_model.model.model."),
+)
 
 
 @dataclass
@@ -51,9 +56,10 @@ def load(
     merge: bool,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
+    head: bool = False,
     **kwargs: Any,
 ) -> Loaded:
-    """Load a decoder without its output layer.
+    """Load a decoder, without its output layer unless asked for.
 
     Args:
         base: a folder, a hub name, a GGUF file, or an adapter's folder or hub name. Such an adapter names its own base;
@@ -62,6 +68,7 @@ def load(
         merge: merge ``adapter`` into the weights.
         dtype: what the weights are loaded in.
         trust_remote_code: run code that comes with the checkpoint.
+        head: with the output layer, as training by masked tokens needs it.
         kwargs: passed on to ``AutoModel.from_pretrained``.
 
     Raises:
@@ -72,7 +79,7 @@ def load(
     trust = {"trust_remote_code": trust_remote_code}
     first_adapter = None if _is_gguf(base) or not _has_adapter(base) else base
     source = _base_of(base) if first_adapter else base
-    model = _load_base(source, dtype=dtype, **trust, **kwargs)
+    model = _load_base(source, AutoModelForCausalLM if head else AutoModel, dtype=dtype, **trust, **kwargs)
     tokenizer = _load_tokenizer(base, source, **trust)
     if first_adapter:
         model = merged(_put_on(model, first_adapter))
@@ -90,14 +97,14 @@ def merged(wrapped: PeftModel) -> nn.Module:
     return model
 
 
-def _load_base(source: str, **kwargs: Any) -> PreTrainedModel:
+def _load_base(source: str, kind: type, **kwargs: Any) -> PreTrainedModel:
     where = _gguf_arguments(source) if _is_gguf(source) else {"pretrained_model_name_or_path": source}
     if not _is_gguf(source):
         _refuse_unusable_folder(source)
         where["use_safetensors"] = True
     try:
         with _quiet():
-            model, found = AutoModel.from_pretrained(**where, output_loading_info=True, **kwargs)
+            model, found = kind.from_pretrained(**where, output_loading_info=True, **kwargs)
     except Exception as error:  # the readers of damaged files raise anything
         raise ModelLoadError(f"the model {source} cannot be loaded: {_one_line(error)}") from error
     if found["missing_keys"]:
@@ -181,11 +188,10 @@ def _put_on(model: nn.Module, adapter: str) -> PeftModel:
     with _quiet():
         wrapped = get_peft_model(model, config)
     names = set(wrapped.state_dict())
-    # Adapters of a model with its head say model.model.layers where the decoder alone has model.layers.
-    plain = {re.sub(r"^base_model\.model\.model\.", "base_model.model.", key): key for key in weights}
-    fits = set(weights) if _fitting(weights, names) >= _fitting(plain, names) else None
-    renamed = weights if fits is not None else {new: weights[old] for new, old in plain.items()}
-    renamed = {key: value for key, value in renamed.items() if ".lm_head." not in key}  # an encoder has no head
+    # Adapters of a model with its head say model.model.layers where those of the decoder alone have model.layers.
+    styles = [{re.sub(old, new, key): key for key in weights} for old, new in _KEY_STYLES]
+    best = max(styles, key=lambda style: _fitting(style, names))
+    renamed = {new: weights[old] for new, old in best.items() if ".lm_head." not in new}
     result = set_peft_model_state_dict(wrapped, renamed)
     lost = sorted(result.unexpected_keys) or sorted(key for key in result.missing_keys if "lora_" in key)
     if lost:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from llm2vec_fast.cli import train as training
 from llm2vec_fast.cli.doctor import doctor
 from llm2vec_fast.cli.embed import embed
 from llm2vec_fast.cli.search import search
@@ -42,6 +43,7 @@ def application() -> typer.Typer:
     app.callback()(_options)
     for verb in VERBS:
         app.command()(verb)
+    app.command(context_settings=training.CONTEXT)(training.train)
     return app
 
 

@@ -1,0 +1,101 @@
+"""A stage's arguments from a YAML file and from the command line; what was meant is named where a key is unknown."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from llm2vec_fast.errors import UserError
+from llm2vec_fast.training.arguments import StageArguments
+
+Arguments = TypeVar("Arguments", bound=StageArguments)
+RESOLVED = "training_config.yaml"
+READY = Path(__file__).parent / "configs"
+
+
+def read_arguments(kind: type[Arguments], config: str | Path | None, overrides: Sequence[str] = ()) -> Arguments:
+    """The arguments of a stage.
+
+    Args:
+        kind: the stage's dataclass.
+        config: a YAML file of ``key: value``, the name of a ready one of this stage (`ready_configs`), or None.
+        overrides: what follows on the command line, ``--key value``; it wins.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, or a value is not of its type or out of range.
+    """
+    names = {item.name for item in dataclasses.fields(kind) if item.init}
+    given = {} if config is None else _read_yaml(_find(Path(config), kind.STAGE))
+    for key in given:
+        _require_known(key, names, f"the file {config}")
+    parser = _Parser(kind, prog=kind.__name__, allow_abbrev=False)
+    parser.set_defaults(**given)
+    arguments, rest = parser.parse_args_into_dataclasses(
+        args=list(overrides), look_for_args_file=False, return_remaining_strings=True
+    )
+    if rest:
+        if rest[0].startswith("--"):
+            _require_known(rest[0].lstrip("-").split("=")[0], names, "the command line")
+        raise UserError(f"{rest[0]!r} on the command line belongs to no option: write --key value")
+    return arguments
+
+
+def ready_configs(stage: str) -> dict[str, Path]:
+    """The configurations that come with the library for a stage, by name."""
+    return {path.stem: path for path in sorted((READY / stage).glob("*.yaml"))}
+
+
+def write_arguments(arguments: StageArguments, folder: Path) -> None:
+    """Every setting that differs from its default, as a file that `read_arguments` takes."""
+    chosen = {}
+    for item in dataclasses.fields(arguments):
+        value = getattr(arguments, item.name)
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        if item.init and value != default and isinstance(value, str | int | float | bool | list | dict):
+            chosen[item.name] = getattr(value, "value", value)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f"{RESOLVED}.tmp"
+    beside.write_text(yaml.safe_dump(chosen, sort_keys=True, allow_unicode=True), encoding="utf-8")
+    beside.replace(folder / RESOLVED)
+
+
+class _Parser(HfArgumentParser):
+    """Refuses in one sentence instead of a page of usage."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (llm2vec-fast train --help tells what there is)")
+
+
+def _require_known(key: str, names: set[str], place: str) -> None:
+    if key in names:
+        return
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else "llm2vec-fast train --help tells what there is"
+    raise UserError(f"{place} has an unknown key {key!r}: {hint}")
+
+
+def _find(config: Path, stage: str) -> Path:
+    ready = ready_configs(stage)
+    if config.exists() or config.suffix in (".yaml", ".yml"):
+        return config
+    if str(config) not in ready:
+        raise UserError(f"there is no configuration {str(config)!r}: give a YAML file or one of {', '.join(ready)}")
+    return ready[str(config)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the configuration {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the configuration {path} holds no keys: write one key: value a line")
+    return content

@@ -1,0 +1,161 @@
+"""Masked next-token prediction: a hidden token is predicted from the output one position before it.
+
+The first step of LLM2Vec (BehnamGhader et al., 2024, arXiv:2404.05961) once attention is open both ways. The model is
+the stock causal one with its output layer: its own loss, which shifts labels by one, is this objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset as HubDataset
+from torch import Tensor, nn
+from transformers import (
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_utils import TrainOutput
+
+from llm2vec_fast.bidirectional import decoder_of
+from llm2vec_fast.kernels import linear_cross_entropy
+from llm2vec_fast.kernels.layout import SequenceLayout
+from llm2vec_fast.training.arguments import MntpArguments
+from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
+from llm2vec_fast.training.run import ROWS, StageTrainer, load_causal_model, run
+from llm2vec_fast.training.texts import read_texts, tokenise
+
+
+class MntpCollator:
+    """Sequences to one packed batch with hidden tokens.
+
+    Args:
+        tokenizer: gives the id that hides a token, and the vocabulary.
+        masking, mask_token, probability: see `MntpArguments`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        masking: str = "default",
+        mask_token: str = "blank",
+        probability: float = 0.2,
+    ) -> None:
+        self._mask_id = mask_id_of(tokenizer, mask_token)
+        self._vocabulary = len(tokenizer)
+        self._masking, self._probability = masking, probability
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A row a sequence (``input_ids``, ``special``, ``row``, ``seed``) to one batch: ``input_ids``, ``labels`` and
+        ``position_ids``, which restart with each sequence, all (1, T), and ``rows`` (N,); int64."""
+        masked = [self._masked(row) for row in rows]
+        positions = SequenceLayout.from_lengths([len(row["input_ids"]) for row in rows]).position_ids
+        return {
+            "input_ids": torch.cat([ids for ids, _ in masked])[None],
+            "labels": torch.cat([labels for _, labels in masked])[None],
+            "position_ids": positions.view(1, -1),
+            ROWS: torch.tensor([row["row"] for row in rows]),
+        }
+
+    def _masked(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        special = torch.tensor(row["special"], dtype=torch.bool)
+        special[0] = True  # no output comes before a sequence's first token
+        return mask_tokens(
+            torch.tensor(row["input_ids"]), special, self._mask_id, self._vocabulary,
+            probability=self._probability, masking=self._masking, generator=torch.Generator().manual_seed(row["seed"]),
+        )  # fmt: skip
+
+
+class Sequences(torch.utils.data.Dataset):
+    """Tokenised sequences, each with the seed of its hidden tokens: another one in every epoch.
+
+    What is hidden then depends neither on batch mates nor on the process that makes the batch, and a run that goes on
+    from a checkpoint hides what the uninterrupted one would have hidden.
+    """
+
+    def __init__(self, tokens: HubDataset, seed: int) -> None:
+        self._tokens, self._seed, self.epoch = tokens, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._tokens[index], "row": index, "seed": hash((self._seed, self.epoch, index)) % 2**63}
+
+
+class MntpTrainer(StageTrainer):
+    """Evaluation adds the accuracy on hidden tokens."""
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, and for every hidden token of the batch whether it was predicted."""
+        inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != ROWS})
+        unwrapped = self.accelerator.unwrap_model(model)
+        head = unwrapped.get_output_embeddings()
+        labels = next_labels(inputs.pop("labels"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            hidden = decoder_of(unwrapped)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+            result = linear_cross_entropy(
+                hidden.to(head.weight.dtype), head.weight, labels, bias=head.bias, return_accuracy=True
+            )
+        count = (labels != IGNORED).sum()[None]
+        return result.loss, result.accuracy[None] * count, count
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """(1, T) labels of tokens to (T,) labels of the outputs that predict them, one position before."""
+    return torch.cat([labels[0, 1:], labels.new_full((1,), IGNORED)])
+
+
+def train_mntp(arguments: MntpArguments) -> TrainOutput:
+    """Train an adapter (or all weights) and write an encoder into ``output_dir``, which `LLM2Vec` loads.
+
+    An interrupted run goes on from its last checkpoint in ``output_dir``.
+
+    Raises:
+        UserError: the model, the texts or the settings do not allow it; the message says what to do.
+        NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
+    """
+    model, tokenizer = load_causal_model(arguments)
+    datasets = {
+        name: Sequences(_tokens(files, tokenizer, arguments), arguments.data_seed or arguments.seed)
+        for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
+        if files
+    }
+    trainer = MntpTrainer(
+        model,
+        arguments,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("validation"),
+        data_collator=MntpCollator(
+            tokenizer, arguments.data_collator_type, arguments.mask_token_type, arguments.mlm_probability
+        ),
+        compute_metrics=_accuracy,
+        callbacks=[NextEpoch(datasets["train"])],
+    )
+    return run(trainer, arguments, tokenizer)
+
+
+class NextEpoch(TrainerCallback):
+    """Tells the sequences which epoch it is."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self._sequences = sequences
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._sequences.epoch = int(state.epoch or 0)
+
+
+def _tokens(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments) -> HubDataset:
+    with arguments.main_process_first(desc="tokenising"):  # the others read what it has put on disk
+        texts = read_texts(files, arguments.text_column)
+        return tokenise(texts, tokenizer, arguments.max_seq_length, line_by_line=arguments.line_by_line)
+
+
+def _accuracy(predictions: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(predictions.predictions.sum() / max(1, predictions.label_ids.sum()))}

@@ -1,0 +1,80 @@
+"""Training texts: from files to token sequences, kept on disk and mapped into memory by the datasets library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from llm2vec_fast.errors import UserError
+
+_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_TEXT_COLUMN = "text"  # what the reader of plain text calls it
+SHORTEST = 2  # tokens: the first is predicted by none
+
+
+def read_texts(files: Sequence[str], text_column: str) -> Dataset:
+    """One column ``text`` of non-empty strings, a row a text.
+
+    Raises:
+        UserError: a file is missing, of an unknown format, not readable, or without the column.
+    """
+    kinds = {Path(name).suffix.lower() for name in files}
+    unknown = sorted(kinds - set(_READERS))
+    if unknown:
+        raise UserError(f"files ending in {unknown[0] or 'nothing'!r} are not known: give {', '.join(_READERS)} files")
+    readers = sorted({_READERS[kind] for kind in kinds})
+    if len(readers) > 1:
+        raise UserError(f"training files are of several formats ({', '.join(readers)}): give files of one")
+    for name in files:
+        if not Path(name).is_file():
+            raise UserError(f"the training file {name} does not exist: check the path")
+    try:
+        texts = load_dataset(readers[0], data_files=list(files), split="train")
+    except Exception as error:  # the readers of damaged files raise anything
+        raise UserError(f"the training files cannot be read: {' '.join(str(error).split())[:300]}") from error
+    column = _TEXT_COLUMN if readers[0] == "text" else text_column
+    if column not in texts.column_names:
+        raise UserError(f"the training files have no column {column!r}: there are {', '.join(texts.column_names)}")
+    texts = texts.select_columns([column]).rename_column(column, "text") if column != "text" else texts
+    return texts.select_columns(["text"]).filter(
+        lambda batch: [isinstance(text, str) and bool(text.strip()) for text in batch["text"]], batched=True
+    )
+
+
+def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, line_by_line: bool) -> Dataset:
+    """Sequences of at most ``max_length`` tokens in columns ``input_ids`` and ``special`` (1 on the tokenizer's own).
+
+    Args:
+        line_by_line: each text is a sequence, cut at ``max_length``; else all are joined, in order, and cut into
+            sequences of exactly that length, and what is left at the end is dropped.
+
+    Raises:
+        UserError: no text is long enough.
+    """
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        limits = {"truncation": True, "max_length": max_length} if line_by_line else {}
+        found = tokenizer(batch["text"], return_special_tokens_mask=True, return_attention_mask=False, **limits)
+        return {"input_ids": found["input_ids"], "special": found["special_tokens_mask"]}
+
+    def join(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        joined = {name: list(chain.from_iterable(rows)) for name, rows in batch.items()}
+        whole = len(joined["input_ids"]) // max_length * max_length
+        cuts = range(0, whole, max_length)
+        return {name: [values[i : i + max_length] for i in cuts] for name, values in joined.items()}
+
+    # The tokenizer takes part in the name under which datasets keeps the result: no other model will find it.
+    tokens = texts.map(encode, batched=True, remove_columns=["text"], desc="tokenising")
+    if line_by_line:
+        tokens = tokens.filter(lambda batch: [len(ids) >= SHORTEST for ids in batch["input_ids"]], batched=True)
+    else:
+        tokens = tokens.map(join, batched=True, desc="joining")
+    if not len(tokens):
+        least = SHORTEST if line_by_line else max_length
+        raise UserError(f"no training text is long enough: {least} tokens are needed, give more or longer texts")
+    return tokens

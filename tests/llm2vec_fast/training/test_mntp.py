@@ -1,0 +1,215 @@
+"""Masked next-token prediction: the original's loss and gradients, and runs that end, go on and fail as they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference_data import ARCHITECTURES, FOLDER, assert_matches
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm2vec_fast import LLM2Vec, make_bidirectional
+from llm2vec_fast.errors import UserError
+from llm2vec_fast.kernels.layout import SequenceLayout
+from llm2vec_fast.training.arguments import MntpArguments
+from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
+from llm2vec_fast.training.mntp import MntpCollator, train_mntp
+from llm2vec_fast.training.run import NonFiniteLossError
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "rain",
+    "fell",
+    "over",
+    "old",
+    "stone",
+    "walls",
+    "near",
+    "our",
+    "quiet",
+    "river",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, rng.integers(3, 14))) for _ in range(60)]
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def arguments(corpus: str, output: Path, **changes: object) -> MntpArguments:
+    settings = {
+        "model_name_or_path": str(FOLDER / "llama"),
+        "train_file": [corpus],
+        "output_dir": str(output),
+        "line_by_line": True,
+        "max_seq_length": 24,
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "model_dtype": "float32",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return MntpArguments(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("masking", ["default", "all_mask"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_logits_and_gradients_are_the_originals(architecture: str, masking: str) -> None:
+    with np.load(FOLDER / f"{architecture}-mntp.npz") as file:
+        found = {key.removeprefix(f"mntp|{masking}|"): file[key] for key in file.files if f"|{masking}|" in key}
+    model = make_bidirectional(AutoModelForCausalLM.from_pretrained(FOLDER / architecture, dtype=torch.float32))
+    rows, length = found["input_ids"].shape
+    layout = SequenceLayout.from_lengths([length] * rows)
+    ids, labels = (torch.from_numpy(found[name]) for name in ("input_ids", "labels"))
+    labels[:, 0] = IGNORED  # packed: the output before a sequence's first token is another sequence's
+    result = model(input_ids=ids.view(1, -1), labels=labels.view(1, -1), layout=layout)
+    result.loss.backward()
+    assert_matches(result.loss.detach().numpy(), found["loss"])
+    logits = model(input_ids=ids.view(1, -1), layout=layout).logits.detach().view(rows, length, -1)
+    assert_matches(logits[:2].numpy(), found["logits"])
+    gradients = {name.removeprefix("grad|"): x for name, x in found.items() if name.startswith("grad|")}
+    assert gradients
+    for name, expected in gradients.items():
+        assert_matches(model.get_parameter(name).grad.numpy(), expected)
+
+
+@pytest.mark.parametrize("masking", ["default", "all_mask"])
+def test_hidden_tokens_have_the_shares_asked_for(masking: str) -> None:
+    ids = torch.randint(5, 1000, (200_000,), generator=torch.Generator().manual_seed(0))
+    special = torch.arange(len(ids)) % 10 == 0
+    hidden, labels = mask_tokens(
+        ids, special, 3, 1000, probability=0.2, masking=masking, generator=torch.Generator().manual_seed(1)
+    )
+    chosen = labels != IGNORED
+    assert not chosen[special].any()
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(hidden[~chosen], ids[~chosen])
+    assert chosen[~special].float().mean() == pytest.approx(0.2, abs=0.005)
+    masked = (hidden[chosen] == 3).float().mean()
+    kept = (hidden[chosen] == ids[chosen]).float().mean()
+    assert masked == pytest.approx(1.0 if masking == "all_mask" else 0.8, abs=0.01)
+    assert kept == pytest.approx(0.0 if masking == "all_mask" else 0.1, abs=0.01)
+
+
+def test_what_is_hidden_does_not_depend_on_the_batch() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
+    rows = [
+        {"input_ids": list(range(10, 10 + length)), "special": [0] * length, "row": i, "seed": 100 + i}
+        for i, length in enumerate((9, 4, 12))
+    ]
+    collate = MntpCollator(tokenizer, mask_token="eos", probability=0.5)
+    together = collate(rows)
+    assert together["input_ids"].shape == together["labels"].shape == (1, 25)
+    assert together["position_ids"][0].tolist() == [*range(9), *range(4), *range(12)]
+    alone = [collate([row]) for row in rows]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(together[name], torch.cat([batch[name] for batch in alone], dim=1))
+    assert (together["labels"][0, [0, 9, 13]] == IGNORED).all()
+
+
+def test_a_mask_token_that_is_not_there_is_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
+    with pytest.raises(UserError, match="mask_token_type=mask needs a token that this tokenizer does not have"):
+        mask_id_of(tokenizer, "mask")
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["adapter", "all-weights"])
+def test_training_lowers_the_loss_and_writes_an_encoder(corpus: str, tmp_path: Path, rank: int) -> None:
+    output = tmp_path / "out"
+    settings = {"lora_r": rank, "max_steps": 12, "validation_file": [corpus], "mask_token_type": "eos"}
+    train_mntp(arguments(corpus, output, **settings))
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    losses = [line["loss"] for line in history if "loss" in line]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert all(
+        line["train_tokens_per_second"] > 0 and line["peak_memory_mib"] > 0 for line in history if "loss" in line
+    )
+    scores = json.loads((output / "eval_results.json").read_text())
+    assert 0 < scores["eval_accuracy"] <= 1
+    assert scores["eval_loss"] < losses[0]
+    files = {path.name for path in output.iterdir()}
+    assert ("adapter_model.safetensors" if rank else "model.safetensors") in files
+    trained = LLM2Vec.from_pretrained(*((FOLDER / "llama", output) if rank else (output,)), dtype="float32")
+    untrained = LLM2Vec.from_pretrained(FOLDER / "llama", dtype="float32")
+    texts = ["the cat sat", "rain fell over old walls"]
+    assert (trained.encode(texts) - untrained.encode(texts)).abs().max() > 1e-3
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(corpus: str, tmp_path: Path) -> None:
+    train_mntp(arguments(corpus, tmp_path / "whole", mask_token_type="eos"))
+    train_mntp(arguments(corpus, tmp_path / "cut", mask_token_type="eos", max_steps=4, save_steps=2))
+    for path in ("checkpoint-4", "adapter_model.safetensors", "trainer_state.json"):
+        remove(tmp_path / "cut" / path)
+    train_mntp(arguments(corpus, tmp_path / "cut", mask_token_type="eos"))
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    history = json.loads((tmp_path / "cut" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_two_processes_train_as_one_on_the_joined_batch(corpus: str, tmp_path: Path) -> None:
+    """Batches whose hidden tokens differ in number: only a loss divided by the number of all of them agrees."""
+    options = {
+        "train_file": corpus, "model_name_or_path": FOLDER / "llama", "mask_token_type": "eos", "line_by_line": True,
+        "max_seq_length": 24, "max_steps": 3, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1.0,
+        "model_dtype": "float32", "use_cpu": True, "save_strategy": "no", "report_to": "none",
+    }  # fmt: skip
+    command = ["-m", "llm2vec_fast", "train", "mntp", *(f"--{name}={value}" for name, value in options.items())]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, prefix, size in (("one", [sys.executable], 8), ("two", launch, 4)):
+        sizes = [f"--per_device_train_batch_size={size}", f"--output_dir={tmp_path / name}"]
+        subprocess.run([*prefix, *command, *sizes], check=True, env=environment, timeout=300)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    moved = max(float(one[name].abs().max()) for name in one if "lora_B" in name)  # they start at zero
+    assert moved > 1e-3
+    for name in one:
+        assert_matches(two[name].numpy(), one[name].numpy())
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        for inner in path.iterdir():
+            remove(inner)
+        path.rmdir()
+    else:
+        path.unlink()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_texts(corpus: str, tmp_path: Path) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(FOLDER / "llama", dtype=torch.float32)
+    broken.model.norm.weight.data.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(FOLDER / "llama").save_pretrained(tmp_path / "broken")
+    settings = {"model_name_or_path": str(tmp_path / "broken"), "mask_token_type": "eos"}
+    with pytest.raises(NonFiniteLossError, match=r"the loss is nan at step 1 on the sequences \d+, \d+.*learning_rate"):
+        train_mntp(arguments(corpus, tmp_path / "out", **settings))
+    assert (tmp_path / "out" / "checkpoint-0").is_dir()
+
+
+def test_texts_too_short_to_join_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a\n")
+    with pytest.raises(UserError, match="no training text is long enough: 24 tokens are needed"):
+        train_mntp(arguments(str(tmp_path / "short.txt"), tmp_path / "out", line_by_line=False, mask_token_type="eos"))
