@@ -19,12 +19,13 @@ from torch import Tensor
 from .rule import Gradients, Problem, Rule, Statistics
 
 # Logits held at once.
-BLOCK_BYTES = 48 * 1024 * 1024
+BLOCK_BYTES = 52 * 1024 * 1024
 # Of these, as many elements as stay in cache are worked on at a time, in float32.
-SLICE_ELEMENTS = 1024 * 1024
+SLICE_ELEMENTS = 512 * 1024
 COLUMNS_MULTIPLE = 64
 # How much of a float32 weight one product takes: with few rows that is up to a fifth faster than all of it at once.
-PANEL_BYTES = 16 * 1024 * 1024
+LOGITS_PANEL_BYTES = 4 * 1024 * 1024
+HIDDEN_PANEL_BYTES = 16 * 1024 * 1024
 
 
 def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> tuple[Statistics, bool]:
@@ -82,7 +83,7 @@ def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gr
 
 def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """hidden · weightᵀ + bias, into memory that is already there: fresh memory costs a page fault every 4 KiB."""
-    for panel in _panels(weight):
+    for panel in _panels(weight, LOGITS_PANEL_BYTES):
         if bias is None:
             torch.mm(hidden, weight[panel].T, out=out[:, panel])
         else:
@@ -92,17 +93,17 @@ def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
 
 def _multiply_on(b_logits: Tensor, weight: Tensor) -> Tensor:
     """The gradient of the logits (n, V) · weight."""
-    panels = _panels(weight)
+    panels = _panels(weight, HIDDEN_PANEL_BYTES)
     out = b_logits[:, panels[0]] @ weight[panels[0]]
     for panel in panels[1:]:
         torch.addmm(out, b_logits[:, panel], weight[panel], out=out)
     return out
 
 
-def _panels(weight: Tensor) -> list[slice]:
+def _panels(weight: Tensor, size: int) -> list[slice]:
     """The parts of a weight that one product takes: all of a 16-bit one, panels that fit in cache of another."""
     entries, width = weight.shape
-    step = entries if weight.element_size() < 4 else max(1, PANEL_BYTES // (width * weight.element_size()))
+    step = entries if weight.element_size() < 4 else max(1, size // (width * weight.element_size()))
     return [slice(first, first + step) for first in range(0, weight.shape[0], step)]
 
 

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 DESCRIPTOR_ARCHITECTURES = ("sm_90", "sm_100", "sm_120")
+POINTER_ARCHITECTURE = "sm_80"
 
 
 @dataclass(frozen=True)
@@ -38,30 +39,49 @@ class Configuration:
         }
 
 
-# float32 products use no tensor core and only need to fit.
+# Chosen from what `python -m benchmarks.codegen` finds in the machine code, without timings: no spilled registers
+# first, then the fewest instructions a FLOP in the inner loop (wi/MF, lower is better); the comments give wi/MF of the
+# choice, then of what lost and why. float32 products use no tensor core and only need to fit.
 _PLAIN = Configuration(64, 64, 32, 4, 2)
-_FORWARD = {True: Configuration(128, 256, 64, 8, 3, True), False: Configuration(128, 128, 64, 8, 3)}
-_GRADIENT = {True: Configuration(128, 256, 64, 8, 3, True), False: Configuration(128, 128, 64, 8, 3)}
-_PRODUCT = {True: Configuration(128, 256, 64, 8, 3, True), False: Configuration(128, 128, 64, 8, 3)}
+# gfx942 has 64 KiB of local memory.
+_AMD = Configuration(128, 128, 32, 8, 2)
+# With descriptors. Forward and gradient 105, products 104 and 111; 64 elements and 3 stages: 170 to 183; 256×128: 127.
+_DEEP = Configuration(128, 256, 128, 8, 2, True)
+# The same for widths that whole steps of 128 do not fill.
+_SHALLOW = Configuration(128, 256, 64, 8, 3, True)
+# With pointers. 450; 256×128: 467; steps of 32: 511; 128×128 with 4 warps: 561.
+_FORWARD = Configuration(128, 256, 64, 8, 3)
+# 542; steps of 64: 498 and 16 bytes spilled; 256×128 with steps of 64: 517 and 152 bytes spilled.
+_GRADIENT = Configuration(128, 256, 32, 8, 3)
+# Gradient of the weight 721; steps of 64: 4160 and 12816 bytes spilled; 128×128 with steps of 64: 912.
+_PRODUCT_WEIGHT = Configuration(128, 256, 32, 8, 3)
+# Gradient of the hidden states, which reads what it adds to, 744; 128×256: 551 and 592 bytes spilled.
+_PRODUCT_HIDDEN = Configuration(128, 128, 64, 8, 3)
 
 
 @cache
-def forward(dtype: torch.dtype, architecture: str) -> Configuration:
-    """How the kernel of the log-sum-exp is launched for a dtype and architecture ("sm_80", "sm_90", "gfx942", …)."""
-    return _PLAIN if dtype == torch.float32 else _FORWARD[_new(architecture)]
+def forward(dtype: torch.dtype, width: int, architecture: str) -> Configuration:
+    """How the kernel of the log-sum-exp is launched for an architecture ("sm_80", "sm_90", "gfx942", …)."""
+    return _shared(dtype, width, architecture) or _FORWARD
 
 
 @cache
-def gradient(dtype: torch.dtype, architecture: str) -> Configuration:
+def gradient(dtype: torch.dtype, width: int, architecture: str) -> Configuration:
     """How the kernel of the logits' gradient is launched."""
-    return _PLAIN if dtype == torch.float32 else _GRADIENT[_new(architecture)]
+    return _shared(dtype, width, architecture) or _GRADIENT
 
 
 @cache
-def product(dtype: torch.dtype, architecture: str) -> Configuration:
-    """How the kernel that multiplies this gradient on is launched."""
-    return _PLAIN if dtype == torch.float32 else _PRODUCT[_new(architecture)]
+def product(dtype: torch.dtype, width: int, architecture: str, transposed: bool) -> Configuration:
+    """How the kernel that multiplies this gradient on is launched; ``transposed``: towards the weight's gradient."""
+    return _shared(dtype, width, architecture) or (_PRODUCT_WEIGHT if transposed else _PRODUCT_HIDDEN)
 
 
-def _new(architecture: str) -> bool:
-    return architecture.startswith(DESCRIPTOR_ARCHITECTURES)
+def _shared(dtype: torch.dtype, width: int, architecture: str) -> Configuration | None:
+    if dtype == torch.float32:
+        return _PLAIN
+    if architecture.startswith("gfx"):
+        return _AMD
+    if architecture.startswith(DESCRIPTOR_ARCHITECTURES):
+        return _DEEP if width % _DEEP.block_inner == 0 else _SHALLOW
+    return None

@@ -36,14 +36,17 @@ def _rows_tile(p_rows, stride, first, count, inner, BLOCK: tl.constexpr, BLOCK_I
                WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
     """Rows first … and elements inner …; past the end the last row again, or zeros. → [BLOCK, BLOCK_INNER]"""
     if DESCRIPTORS:
-        return p_rows.load([first, inner])
-    # The tile's base in int64, offsets within it in int32: fewer registers than pointers carried through the loop.
-    o_row = tl.minimum(tl.arange(0, BLOCK), count - 1 - first)
-    o_inner = tl.arange(0, BLOCK_INNER)
-    p_tile = p_rows + first.to(tl.int64) * stride + inner + (o_row * stride)[:, None] + o_inner[None, :]
-    if WIDTH % BLOCK_INNER == 0:
-        return tl.load(p_tile)
-    return tl.load(p_tile, mask=(o_inner < WIDTH - inner)[None, :], other=0.0)
+        b_tile = p_rows.load([first, inner])
+    else:
+        # The tile's base in int64, offsets within it in int32: fewer registers than pointers carried through the loop.
+        o_row = tl.minimum(tl.arange(0, BLOCK), count - 1 - first)
+        o_inner = tl.arange(0, BLOCK_INNER)
+        p_tile = p_rows + first.to(tl.int64) * stride + inner + (o_row * stride)[:, None] + o_inner[None, :]
+        if WIDTH % BLOCK_INNER == 0:
+            b_tile = tl.load(p_tile)
+        else:
+            b_tile = tl.load(p_tile, mask=(o_inner < WIDTH - inner)[None, :], other=0.0)
+    return b_tile
 
 
 @triton.jit
@@ -107,7 +110,7 @@ def forward_triton(problem: Problem, accuracy: bool) -> Statistics:
     """What the losses of the labelled rows are made of."""
     hidden, weight = readable(problem.taken(slice(None))), readable(problem.weight)
     problem = replace(problem, weight=weight)
-    config = launchable(configurations.forward(hidden.dtype, architecture_of(hidden.device)), hidden, weight)
+    config = configurations.forward(hidden.dtype, hidden.shape[1], architecture_for(hidden, weight))
     tiles = triton.cdiv(weight.shape[0], config.block_columns)
     buffers = 1 + bool(problem.rule.smoothing) + accuracy
     step = max(1, PARTIAL_BYTES // (4 * buffers * tiles * config.block_rows)) * config.block_rows
@@ -167,10 +170,13 @@ def operand(x: Tensor, rows: int, columns: int, config: Configuration) -> Tensor
     return TensorDescriptor.from_tensor(x, [rows, columns]) if config.descriptors else x
 
 
-def launchable(config: Configuration, *operands: Tensor) -> Configuration:
-    """The configuration without descriptors where an operand does not meet their demands on alignment."""
+def architecture_for(*operands: Tensor) -> str:
+    """The architecture to choose a configuration for: the device's, or where an operand does not meet what descriptors
+    demand of alignment the newest without them."""
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
-    return config if aligned or not config.descriptors else replace(config, descriptors=False)
+    architecture = architecture_of(operands[0].device)
+    described = architecture.startswith(configurations.DESCRIPTOR_ARCHITECTURES)
+    return configurations.POINTER_ARCHITECTURE if described and not aligned else architecture
 
 
 def readable(x: Tensor) -> Tensor:

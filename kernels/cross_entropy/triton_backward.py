@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.configurations import architecture_of
 from . import configurations
 from .configurations import Configuration
 from .rule import Gradients, Problem
-from .triton import LOG2_E, _logits_tile, launchable, logits_arguments, operand, precision, readable
+from .triton import LOG2_E, _logits_tile, architecture_for, logits_arguments, operand, precision, readable
 
 # The logits' gradient held at once.
 BLOCK_BYTES = 64 * 1024 * 1024
@@ -72,29 +71,36 @@ def _columns_tile(p_rows, stride, first, count, column, BLOCK_INNER: tl.constexp
                   WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
     """Rows first … and elements column …; past the last row that row again, or zeros. → [BLOCK_INNER, BLOCK]"""
     if DESCRIPTORS:
-        return p_rows.load([first, column])
-    o_row = tl.minimum(tl.arange(0, BLOCK_INNER), count - 1 - first)
-    o_column = column + tl.arange(0, BLOCK)
-    p_tile = p_rows + tl.to_tensor(first).to(tl.int64) * stride + (o_row * stride)[:, None] + o_column[None, :]
-    if WIDTH % BLOCK == 0:
-        return tl.load(p_tile)
-    return tl.load(p_tile, mask=(o_column < WIDTH)[None, :], other=0.0)
+        b_tile = p_rows.load([first, column])
+    else:
+        o_row = tl.arange(0, BLOCK_INNER)
+        o_column = tl.arange(0, BLOCK)
+        p_tile = p_rows + tl.to_tensor(first).to(tl.int64) * stride + column
+        m_tile = (o_row < count - first)[:, None]
+        if WIDTH % BLOCK != 0:
+            m_tile = m_tile & (o_column < WIDTH - column)[None, :]
+        b_tile = tl.load(p_tile + (o_row * stride)[:, None] + o_column[None, :], mask=m_tile, other=0.0)
+    return b_tile
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "split"])
-def _product_kernel(p_a, p_b, p_out, p_scale, stride_a, stride_b, stride_out, rows, inner, split,
-                    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-                    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-                    BLOCK_INNER: tl.constexpr):  # fmt: skip
-    """out (splits, rows, WIDTH) = scale · A·B (+ out), with A (rows, inner) or its transpose, zero-padded to whole
-    tiles, and B (inner, WIDTH). One program: a tile of out, over ``split`` elements of the inner dimension."""
+@triton.jit(do_not_specialize=["rows", "inner", "steps"])
+def _product_kernel(p_a, p_b, p_out, p_scale, stride_a, stride_b, stride_out, rows, inner, steps,
+                    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_SCALE: tl.constexpr,
+                    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                    BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
+    """out (splits, rows, WIDTH) = scale · A·B, or out + A·B, with A (rows, inner) or its transpose, zero-padded to
+    whole tiles, and B (inner, WIDTH). One program: a tile of out, over ``steps`` blocks of the inner dimension."""
     column_tiles: tl.constexpr = tl.cdiv(WIDTH, BLOCK_COLUMNS)
     first_row = tl.program_id(0) // column_tiles * BLOCK_ROWS
     first_column = tl.program_id(0) % column_tiles * BLOCK_COLUMNS
-    low = tl.program_id(1) * split
+    low = tl.program_id(1) * steps * BLOCK_INNER
     # [BLOCK_ROWS, BLOCK_COLUMNS]
     b_out = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for k in range(low, tl.minimum(low + split, inner), BLOCK_INNER):
+    # To start from what is there costs fewer registers with descriptors, to add it at the end fewer with pointers.
+    if ACCUMULATE and DESCRIPTORS:
+        p_tile, m_out = _target(p_out, stride_out, first_row, first_column, rows, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS)
+        b_out = tl.load(p_tile, mask=m_out, other=0.0)
+    for k in range(low, tl.minimum(low + steps * BLOCK_INNER, inner), BLOCK_INNER):
         # [BLOCK_ROWS, BLOCK_INNER]
         if TRANSPOSED:
             b_a = tl.trans(_block(p_a, stride_a, k, first_row, BLOCK_INNER, BLOCK_ROWS, DESCRIPTORS))
@@ -103,32 +109,42 @@ def _product_kernel(p_a, p_b, p_out, p_scale, stride_a, stride_b, stride_out, ro
         # [BLOCK_INNER, BLOCK_COLUMNS]
         b_b = _columns_tile(p_b, stride_b, k, inner, first_column, BLOCK_INNER, BLOCK_COLUMNS, WIDTH, DESCRIPTORS)
         b_out = tl.dot(b_a, b_b, b_out, input_precision=PRECISION)
-    b_out *= tl.load(p_scale)
-    o_row = tl.arange(0, BLOCK_ROWS)
-    o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
-    m_out = (first_row + o_row < rows)[:, None] & (o_column < WIDTH)[None, :]
-    p_tile = p_out + (tl.program_id(1).to(tl.int64) * rows + first_row) * stride_out
-    p_tile += o_row[:, None] * stride_out + o_column[None, :]
-    if ACCUMULATE:
-        b_out += tl.load(p_tile, mask=m_out, other=0.0).to(tl.float32)
+    p_tile, m_out = _target(p_out, stride_out, first_row, first_column, rows, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS)
+    if HAS_SCALE:
+        b_out *= tl.load(p_scale)
+    if ACCUMULATE and not DESCRIPTORS:
+        b_out += tl.load(p_tile, mask=m_out, other=0.0)
     tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _target(p_out, stride, first_row, first_column, rows, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+            BLOCK_COLUMNS: tl.constexpr):  # fmt: skip
+    """Where a program's tile of (splits, rows, WIDTH) lies, what of it exists. → both [BLOCK_ROWS, BLOCK_COLUMNS]"""
+    o_row = tl.arange(0, BLOCK_ROWS)
+    o_column = tl.arange(0, BLOCK_COLUMNS)
+    p_tile = p_out + (tl.program_id(1).to(tl.int64) * rows + first_row) * stride + first_column
+    m_out = (o_row < rows - first_row)[:, None] & (o_column < WIDTH - first_column)[None, :]
+    return p_tile + o_row[:, None] * stride + o_column[None, :], m_out
 
 
 @triton.jit
 def _block(p, stride, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """A tile of a matrix whose memory is whole tiles. → [ROWS, COLUMNS]"""
     if DESCRIPTORS:
-        return p.load([first_row, first_column])
-    p_tile = p + tl.to_tensor(first_row).to(tl.int64) * stride + first_column
-    return tl.load(p_tile + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :])
+        b_tile = p.load([first_row, first_column])
+    else:
+        p_tile = p + tl.to_tensor(first_row).to(tl.int64) * stride + first_column
+        b_tile = tl.load(p_tile + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :])
+    return b_tile
 
 
 def gradients_triton(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gradients) -> None:
     """Gradients from each labelled row's log-sum-exp and upstream gradient, both (N,) float32."""
     hidden, weight = readable(problem.taken(slice(None))), readable(problem.weight)
-    architecture = architecture_of(hidden.device)
-    config = launchable(configurations.gradient(hidden.dtype, architecture), hidden, weight)
-    multiply = launchable(configurations.product(hidden.dtype, architecture), hidden, weight)
+    kind = (hidden.dtype, hidden.shape[1], architecture_for(hidden, weight))
+    config = configurations.gradient(*kind)
+    to_weight, to_hidden = configurations.product(*kind, True), configurations.product(*kind, False)
     count, entries = hidden.shape[0], weight.shape[0]
     # Gradients of a size near 1 keep their small elements in float16; a power of two changes no bit of them.
     scale = torch.ldexp(torch.ones_like(grad[0]), torch.frexp(grad.abs().amax()).exponent - 1)
@@ -138,7 +154,7 @@ def gradients_triton(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gra
     columns = min(columns, triton.cdiv(entries, config.block_columns) * config.block_columns)
     buffer = hidden.new_empty((padded, columns))
     sums = hidden.new_empty((padded // config.block_rows, columns), dtype=torch.float32)
-    parts = hidden.new_empty((_splits(hidden, multiply), *hidden.shape), dtype=torch.float32)
+    parts = hidden.new_empty((_splits(hidden, to_hidden), *hidden.shape), dtype=torch.float32)
     for first in range(0, entries, columns):
         block = slice(first, min(entries, first + columns))
         part = replace(problem, weight=weight[block], bias=None if problem.bias is None else problem.bias[block])
@@ -149,11 +165,11 @@ def gradients_triton(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gra
         if gradients.bias is not None:
             gradients.bias[block] = sums.sum(0)[: block.stop - first] * scale
         if gradients.weight is not None:
-            _multiply(buffer, hidden, gradients.weight[block][None], scale, True, False, multiply)
+            _multiply(buffer, hidden, gradients.weight[block][None], scale, True, False, to_weight)
         if gradients.hidden is not None:
-            _multiply(buffer, weight[block], parts, scale, False, first > 0, multiply)
+            _multiply(buffer, weight[block], parts, None, False, first > 0, to_hidden)
     if gradients.hidden is not None:
-        gradients.hidden.index_copy_(0, problem.rows, parts.sum(0).to(hidden.dtype))
+        gradients.hidden.index_copy_(0, problem.rows, (parts.sum(0) * scale).to(hidden.dtype))
 
 
 def _splits(hidden: Tensor, config: Configuration) -> int:
@@ -163,13 +179,13 @@ def _splits(hidden: Tensor, config: Configuration) -> int:
 
 
 def _multiply(
-    a: Tensor, b: Tensor, out: Tensor, scale: Tensor, transposed: bool, accumulate: bool, config: Configuration
+    a: Tensor, b: Tensor, out: Tensor, scale: Tensor | None, transposed: bool, accumulate: bool, config: Configuration
 ) -> None:
-    """out (splits, M, d) = scale · A·B (+ out), A the block of gradients or its transpose."""
+    """out (splits, M, d) = scale · A·B, or out + A·B, A the block of gradients or its transpose."""
     splits, rows, width = out.shape
-    split = triton.cdiv(triton.cdiv(b.shape[0], splits), config.block_inner) * config.block_inner
+    steps = triton.cdiv(triton.cdiv(b.shape[0], splits), config.block_inner)
     grid = (triton.cdiv(rows, config.block_rows) * triton.cdiv(width, config.block_columns), splits)
-    _product_kernel[grid](**product_arguments(a, b, out, scale, transposed, accumulate, split, config))
+    _product_kernel[grid](**product_arguments(a, b, out, scale, transposed, accumulate, steps, config))
 
 
 def gradient_arguments(
@@ -196,10 +212,10 @@ def product_arguments(
     a: Tensor,
     b: Tensor,
     out: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     transposed: bool,
     accumulate: bool,
-    split: int,
+    steps: int,
     config: Configuration,
 ) -> dict[str, Any]:
     """What `_product_kernel` is launched with, by name."""
@@ -207,6 +223,7 @@ def product_arguments(
     return {
         "p_a": operand(a, *tile, config), "p_b": operand(b, config.block_inner, config.block_columns, config),
         "p_out": out, "p_scale": scale, "stride_a": a.stride(0), "stride_b": b.stride(0), "stride_out": out.stride(1),
-        "rows": out.shape[1], "inner": b.shape[0], "split": split, "TRANSPOSED": transposed, "ACCUMULATE": accumulate,
+        "rows": out.shape[1], "inner": b.shape[0], "steps": steps, "TRANSPOSED": transposed, "ACCUMULATE": accumulate,
+        "HAS_SCALE": scale is not None,
         "PRECISION": precision(b), "WIDTH": b.shape[1], **config.arguments(),
     }  # fmt: skip
