@@ -31,8 +31,9 @@ format: install ## put style and formatting right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install model ## measure encoding against its peers, in one run
+bench: install model ## measure encoding and attention against their peers, in one run
 	$(PY) -m benchmarks.encode
+	$(PY) -m benchmarks.attention
 
 codegen: install ## compile every kernel for GPUs that need not be here, and hold the machine code to the gate
 	$(PY) -m benchmarks.codegen --json benchmarks/results/codegen.json --markdown benchmarks/results/codegen.md

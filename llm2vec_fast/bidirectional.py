@@ -38,6 +38,9 @@ def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
     ``position_ids`` that restart at 0 with each text. The cache is off unless asked for. ``config.is_causal`` records
     the choice and is saved with the model, so stock transformers, vLLM and others honour it too.
 
+    ``torch.compile(model, fullgraph=True, dynamic=True)`` compiles it once for batches of any lengths, if each has
+    its ``layout``: finding the lengths in a mask or in positions needs their values, which a compiled graph has not.
+
     Args:
         model: the decoder; changed in place.
         enabled: False keeps it causal (the paper's baseline) on the same fast path.
