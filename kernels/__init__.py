@@ -13,6 +13,7 @@ else:
     from .pooling import pool
     from .rms_norm import rms_norm
     from .rotary import rotary
+    from .swiglu import swiglu
 
     __all__ = [
         "SequenceLayout",
@@ -23,4 +24,5 @@ else:
         "pool",
         "rms_norm",
         "rotary",
+        "swiglu",
     ]

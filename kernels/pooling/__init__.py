@@ -8,7 +8,7 @@ from torch.nn.functional import normalize as _unit_length
 
 from ..dispatch import choose_for
 from ..layout import SequenceLayout
-from .blocked import pool_backward, pool_forward
+from .operator import pool_operator
 from .reference import pool_reference
 
 __all__ = ["POOLING_MODES", "pool"]
@@ -22,7 +22,6 @@ POOLING_MODES = {
     "first": "first",
     "bos_token": "first",
 }
-_IMPLEMENTED = ("blocked", "reference")
 
 
 def pool(
@@ -43,7 +42,7 @@ def pool(
         skip: (N,) integers, how many leading tokens of each sequence take no part (a prompt); more than a sequence
             has leaves none. Positions of "weighted_mean" count from the first token that takes part.
         normalize: divide each row by its Euclidean length; a row of zeros stays zeros.
-        backend: "auto", "blocked" or "reference".
+        backend: "auto", "reference", "blocked" or "triton" (not in float64).
 
     Returns:
         (N, d), float32 (float64 where ``hidden`` is), accumulated in that dtype. A sequence of which no token takes
@@ -62,47 +61,11 @@ def pool(
             f"skip has shape {tuple(skip.shape)} and dtype {skip.dtype}: pass integers of shape ({len(layout)},)"
         )
     mode = POOLING_MODES[mode]
-    if choose_for("pool", backend, hidden, _IMPLEMENTED).backend == "reference":
+    backends = ("reference", "blocked", "triton") if hidden.dtype != torch.float64 else ("reference", "blocked")
+    choice = choose_for("pool", backend, hidden, backends).backend
+    if choice == "reference":
         pooled = pool_reference(hidden, layout, mode, skip)
     else:
-        pooled = _pool(hidden, layout.starts, layout.lengths, skip, mode)
+        padded = layout.padded_shape is not None
+        pooled = pool_operator(hidden, layout.starts, layout.lengths, skip, mode, padded, choice == "triton")
     return _unit_length(pooled, dim=-1) if normalize else pooled
-
-
-@torch.library.custom_op("llm2vec_fast::pool", mutates_args=())
-def _pool(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str) -> Tensor:
-    return pool_forward(hidden, starts, lengths, skip, mode)
-
-
-@torch.library.custom_op("llm2vec_fast::pool_backward", mutates_args=())
-def _pool_backward(
-    grad: Tensor, total: int, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str, dtype: torch.dtype
-) -> Tensor:
-    return pool_backward(grad, total, starts, lengths, skip, mode, dtype)
-
-
-@_pool.register_fake
-def _(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str) -> Tensor:
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty(starts.shape[0], hidden.shape[1], dtype=dtype)
-
-
-@_pool_backward.register_fake
-def _(
-    grad: Tensor, total: int, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str, dtype: torch.dtype
-) -> Tensor:
-    return grad.new_empty(total, grad.shape[1], dtype=dtype)
-
-
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    hidden, starts, lengths, skip, mode = inputs
-    ctx.save_for_backward(starts, lengths, skip)
-    ctx.mode, ctx.total, ctx.dtype = mode, hidden.shape[0], hidden.dtype
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    starts, lengths, skip = ctx.saved_tensors
-    return _pool_backward(grad, ctx.total, starts, lengths, skip, ctx.mode, ctx.dtype), None, None, None, None
-
-
-_pool.register_autograd(_backward, setup_context=_setup_context)

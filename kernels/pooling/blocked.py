@@ -1,17 +1,21 @@
 """Pooling in a handful of PyTorch calls, whatever the number of sequences; nothing is padded.
 
-Every mode is a weighted sum of some rows of each sequence: which rows, and with what weights, is worked out first; then
-one segmented sum does the forward pass and one gather the backward pass. No atomics, so the bits never change.
+Every mode is a weighted sum of some rows of each sequence: which rows, and with what weights, is worked out first. Then
+sequences of some length are summed one by one, by PyTorch's own sum; many short ones by one segmented sum, and their
+backward pass is one gather. No atomics, so the bits never change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 ROWS_A_BLOCK = 64
+# With this many rows a sequence, on average, a call for each costs less than gathering all rows in float32.
+ROWS_ONE_BY_ONE = 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,14 @@ def pool_forward(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor |
     """(T, d) → (N, d) in float32, or float64 where ``hidden`` is."""
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
     plan = _plan(starts, lengths, skip, mode, accumulator)
+    if _one_by_one(plan):
+        out = hidden.new_zeros((starts.shape[0], hidden.shape[1]), dtype=accumulator)
+        for i, rows, weights in _sequences(plan):
+            if mode == "weighted_mean":
+                torch.sum(hidden[rows] * weights[:, None], 0, out=out[i])
+            else:
+                torch.sum(hidden[rows], 0, dtype=accumulator, out=out[i]).mul_(weights[0])
+        return out
     weighted = hidden.index_select(0, plan.rows).to(accumulator)
     weighted.mul_(plan.weights[:, None])
     return _segment_sum(weighted, plan.counts)
@@ -37,10 +49,28 @@ def pool_backward(
 ) -> Tensor:
     """Gradient of `pool_forward`: (N, d) → (T, d) in ``dtype``, zeros on rows that took no part."""
     plan = _plan(starts, lengths, skip, mode, grad.dtype)
+    if _one_by_one(plan):
+        grad_hidden = torch.zeros(total, grad.shape[1], dtype=dtype, device=grad.device)
+        for i, rows, weights in _sequences(plan):
+            torch.mul(grad[i], weights[:, None], out=grad_hidden[rows])
+        return grad_hidden
     owner = torch.arange(plan.counts.shape[0], device=grad.device).repeat_interleave(plan.counts)
     spread = grad.index_select(0, owner).mul_(plan.weights[:, None])
     grad_hidden = torch.zeros(total, grad.shape[1], dtype=dtype, device=grad.device)
     return grad_hidden.index_copy_(0, plan.rows, spread.to(dtype))
+
+
+def _one_by_one(plan: _Plan) -> bool:
+    return plan.rows.device.type == "cpu" and plan.rows.shape[0] >= ROWS_ONE_BY_ONE * plan.counts.shape[0]
+
+
+def _sequences(plan: _Plan) -> Iterator[tuple[int, slice, Tensor]]:
+    """Number, rows and weights of each sequence of which some rows take part; they lie next to each other."""
+    ends = plan.counts.cumsum(0).tolist()
+    for i, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if first < end:
+            row = int(plan.rows[first])
+            yield i, slice(row, row + end - first), plan.weights[first:end]
 
 
 def _segment_sum(rows: Tensor, counts: Tensor) -> Tensor:

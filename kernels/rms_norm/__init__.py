@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation of rows."""
+"""Root-mean-square normalisation of rows, with the addition before it where there is one."""
 
 from __future__ import annotations
 
@@ -6,40 +6,66 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_for
-from .blocked import rms_norm_blocked
+from .blocked import rms_norm_forward
+from .operator import add_rms_norm_operator, rms_norm_operator
 from .reference import rms_norm_reference
 
 __all__ = ["rms_norm"]
 
-_WITH_GRADIENT = ("reference",)
-_WITHOUT_GRADIENT = ("reference", "blocked")
+TRITON_COLUMNS = 8192  # wider rows would not fit a program's registers
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, backend: str = "auto") -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    offset: float = 0.0,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """x / √(mean(x²) + eps) · (offset + weight), each row on its own, computed in float32.
 
+    A gradient costs no memory but one number a row beside x. The weight's gradient is summed in float32, always in the
+    same order, and not at all where the weight is frozen.
+
     Args:
-        x: (…, d) rows; float16, bfloat16, float32 or float64.
+        x: (…, d) rows; float16, bfloat16, float32 or float64 (not on Triton).
         weight: (d,).
         eps: added to the mean square.
+        residual: in x's shape and dtype: added to x first.
         offset: 1.0 for Gemma, whose weights are stored as their distance from one.
-        backend: "auto", "reference" or "blocked"; where a gradient is needed, "auto" is the reference.
+        backend: "auto", "reference", "blocked" or "triton" (rows of up to 8,192 columns).
 
     Returns:
-        (…, d) in x's dtype.
+        (…, d) in x's dtype; with a residual that, and the sum x + residual.
 
     Raises:
-        ValueError: the weight does not fit the rows.
+        ValueError: the weight or the residual does not fit the rows.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Source: Zhang and Sennrich, 2019, arXiv:1910.07467.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, rows have {x.shape[-1]} columns: they must be equal")
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if backend == "auto" and needs_gradient:
-        return rms_norm_reference(x, weight, eps, offset)
-    implemented = _WITH_GRADIENT if needs_gradient else _WITHOUT_GRADIENT
-    if choose_for("rms_norm", backend, x, implemented).backend == "reference":
-        return rms_norm_reference(x, weight, eps, offset)
-    return rms_norm_blocked(x, weight, eps, offset)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}: they must be equal"
+        )
+    fits = x.dtype != torch.float64 and x.shape[-1] <= TRITON_COLUMNS
+    backends = ("reference", "blocked", "triton") if fits else ("reference", "blocked")
+    choice = choose_for("rms_norm", backend, x, backends).backend
+    if choice == "reference":
+        total = x if residual is None else x + residual
+        out = rms_norm_reference(total, weight, eps, offset)
+        return out if residual is None else (out, total)
+    rows = x.reshape(-1, x.shape[-1])
+    if residual is not None:
+        flat = residual.reshape(rows.shape)
+        out, total, _ = add_rms_norm_operator(rows, flat, weight, eps, offset, choice == "triton")
+        return out.view(x.shape), total.view(x.shape)
+    if choice == "blocked" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out, _ = rms_norm_forward(rows, weight, eps, offset)  # an operator would only add to the cost of the call
+    else:
+        out, _ = rms_norm_operator(rows, weight, eps, offset, choice == "triton")
+    return out.view(x.shape)

@@ -1,19 +1,71 @@
-"""RMSNorm in four passes over memory, where transformers' takes seven, and with one rounding instead of two."""
+"""RMSNorm in plain PyTorch: a block of rows at a time, so that what is in float32 never leaves the cache.
+
+What a gradient needs is the input and one number a row; transformers' module keeps six bytes an element.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+# Elements a block: a level-2 cache in float32. On one Zen 5 core, 4,096 rows of 576 in bfloat16 took 1.5 ms so, and
+# 8.9 ms whole; halving or doubling it changed a tenth.
+BLOCK_ELEMENTS = 256 * 1024
 
-def rms_norm_blocked(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """x (…, d), weight (d,) → (…, d), without a gradient.
 
-    The norm reads x in its own dtype and accumulates in float32; scaling by a float32 column widens on the fly.
-    """
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """x (R, d), weight (d,) → normed (R, d), and 1 / √(mean square + eps) of each row (R,)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=wide)
-    # one column: float64 costs nothing here, and squaring the root again costs no precision and cannot overflow
-    scale = norm.double().square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(wide)
-    factor = weight.detach().to(wide) + offset if offset else weight.detach().to(wide)
-    return x.detach().mul(scale).mul_(factor).to(x.dtype)
+    out, scales = x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=wide)
+    factor = _factor(weight, offset, wide)
+    for rows in _blocks(x):
+        block = x[rows]
+        # The norm reads x in its own dtype and accumulates in float32. One column: float64 costs nothing here, and
+        # squaring the root again costs no precision and cannot overflow.
+        norm = torch.linalg.vector_norm(block, dim=-1, dtype=wide).double()
+        scale = norm.square_().div_(x.shape[1]).add_(eps).rsqrt_().to(wide)
+        scales[rows] = scale
+        if x.dtype == wide:
+            torch.mul(block, scale[:, None], out=out[rows]).mul_(factor)
+        else:
+            out[rows] = block.mul(scale[:, None]).mul_(factor)
+    return out, scales
+
+
+def rms_norm_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offset: float,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (R, d) and of the weight (d,); the latter has no element unless ``weight_gradient``.
+
+    With n = x · scale and g = grad · factor: dx = scale · (g − n · mean(g · n)), dw = Σ grad · n.
+    """
+    wide = scales.dtype
+    grad_x, factor = x.new_empty(x.shape), _factor(weight, offset, wide)
+    grad_weight = scales.new_zeros(x.shape[1] if weight_gradient else 0)
+    for rows in _blocks(x):
+        upstream, scale = grad[rows], scales[rows, None]
+        normal = x[rows] * scale
+        product = upstream * normal
+        if weight_gradient:
+            grad_weight += product.sum(0)
+        mean = torch.mv(product, factor).div_(x.shape[1])
+        torch.mul(upstream, factor, out=product).addcmul_(normal, mean[:, None], value=-1).mul_(scale)
+        grad_x[rows] = product if grad_total is None else product.add_(grad_total[rows])
+    return grad_x, grad_weight.to(weight.dtype)
+
+
+def _factor(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) + offset if offset else weight.to(dtype)
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    step = max(1, BLOCK_ELEMENTS // max(1, x.shape[1]))
+    return (slice(first, first + step) for first in range(0, x.shape[0], step))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import uninitialised_memory_is_nan
+from elementwise_cases import BACKEND_IDS, BACKENDS
 from numerics import GRADIENT_FACTOR, assert_error_within
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from llm2vec_fast.kernels.dispatch import BackendUnavailableError
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.kernels.pooling import POOLING_MODES, pool
+from llm2vec_fast.kernels.pooling.operator import pool_backward_operator, pool_operator
 
 MODES = ("mean", "weighted_mean", "last", "first")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FAST = ("blocked", "triton")
 LENGTHS = {
     "one": [1],
     "mixed": [3, 0, 17, 1, 64],
@@ -30,23 +34,24 @@ def packed(lengths: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, 
     return hidden, layout, skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=BACKEND_IDS)
 @pytest.mark.parametrize("skipping", [False, True], ids=["all", "skip"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_as_exact_as_the_definition_in_the_same_dtype(lengths, mode, skipping, dtype):
+def test_as_exact_as_the_definition_in_the_same_dtype(lengths, mode, skipping, backend, dtype):
     hidden, layout, skip = packed(lengths, 40, dtype)
     skip = skip if skipping else None
     upstream = torch.randn(len(lengths), 40, generator=torch.Generator().manual_seed(2))
     results = {}
-    for name, x, backend in (
+    for name, x, which in (
         ("exact", hidden.double(), "reference"),
         ("plain", hidden, "reference"),
-        ("ours", hidden, "blocked"),
+        ("ours", hidden, backend),
     ):
         x = x.clone().requires_grad_()
-        out = pool(x, layout, mode, skip, backend=backend)
-        (gradient,) = torch.autograd.grad(out, x, upstream.to(out.dtype))
+        with uninitialised_memory_is_nan():
+            out = pool(x, layout, mode, skip, backend=which)
+            (gradient,) = torch.autograd.grad(out, x, upstream.to(out.dtype))
         results[name] = (out, gradient)
     ours, plain, exact = results["ours"], results["plain"], results["exact"]
     assert ours[0].dtype == torch.float32
@@ -59,6 +64,23 @@ def test_ten_thousand_sequences(mode):
     hidden, layout, skip = packed(MANY, 24, torch.bfloat16)
     exact = pool(hidden.double(), layout, mode, skip, backend="reference")
     assert_error_within(pool(hidden, layout, mode, skip), pool(hidden, layout, mode, skip, backend="reference"), exact)
+
+
+@pytest.mark.parametrize("mode", ["mean", "last"])
+def test_many_wide_sequences_on_triton(mode):
+    hidden, layout, skip = packed(MANY[:80], 300, torch.float16)
+    exact = pool(hidden.double(), layout, mode, skip, backend="reference")
+    plain = pool(hidden, layout, mode, skip, backend="reference")
+    assert_error_within(pool(hidden, layout, mode, skip, backend="triton"), plain, exact)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_strided_rows_are_read_in_place(backend):
+    hidden, layout, skip = packed([3, 0, 17], 40, torch.float32)
+    part = hidden[:, 8:24]
+    assert torch.equal(
+        pool(part, layout, "mean", skip, backend=backend), pool(part.clone(), layout, "mean", skip, backend=backend)
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
@@ -83,7 +105,7 @@ def test_values_by_hand(mode):
         torch.testing.assert_close(pool(hidden, layout, mode, skip)[:, 0], torch.tensor(expected[mode]).float())
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_rows_are_never_read(mode, backend):
     """Left, right and no padding, with NaN in the padding, pool to what the packed rows pool to."""
@@ -93,16 +115,20 @@ def test_padding_rows_are_never_read(mode, backend):
     rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(4))
     hidden[padded.rows] = rows
     skip = torch.tensor([1, 0, 2, 0])
-    pooled = pool(hidden, padded, mode, skip, backend=backend)
+    pooled = pool(hidden.requires_grad_(), padded, mode, skip, backend=backend)
     assert torch.equal(pooled, pool(rows, SequenceLayout.from_lengths([2, 3, 4, 0]), mode, skip, backend=backend))
     assert bool(pooled.isfinite().all())
+    with uninitialised_memory_is_nan():
+        pooled.sum().backward()
+    assert not hidden.grad[padded.sequence_ids < 0].any()
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_left_gives_zeros_and_no_gradient(mode):
+def test_nothing_left_gives_zeros_and_no_gradient(mode, backend):
     hidden, layout, _ = packed([3, 0, 2], 8, torch.float32)
     hidden.requires_grad_()
-    pooled = pool(hidden, layout, mode, skip=torch.tensor([3, 0, 99]), normalize=True)
+    pooled = pool(hidden, layout, mode, skip=torch.tensor([3, 0, 99]), normalize=True, backend=backend)
     assert torch.equal(pooled, torch.zeros(3, 8))
     pooled.sum().backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
@@ -129,19 +155,40 @@ def test_normalize_gives_unit_rows():
     torch.testing.assert_close(pool(hidden, layout, normalize=True).norm(dim=1), torch.ones(3))
 
 
-def test_the_same_bits_every_time():
-    hidden, layout, skip = packed(MANY, 32, torch.bfloat16)
-    assert torch.equal(pool(hidden, layout, "mean", skip), pool(hidden, layout, "mean", skip))
+@pytest.mark.parametrize("backend", FAST)
+def test_the_same_bits_every_time(backend):
+    hidden, layout, skip = packed(MANY[:80], 32, torch.float16)
+    first, second = (pool(hidden, layout, "mean", skip, backend=backend) for _ in range(2))
+    assert torch.equal(first, second)
 
 
-def test_compiles_whole_and_passes_the_operator_checks():
+@pytest.mark.parametrize("triton", [False, True], ids=FAST)
+def test_opcheck(triton):
     hidden, layout, skip = packed([5, 0, 9], 8, torch.float32)
-    hidden.requires_grad_()
-    torch.library.opcheck(torch.ops.llm2vec_fast.pool.default, (hidden, layout.starts, layout.lengths, skip, "mean"))
-    compiled = torch.compile(
-        lambda x: pool(x, layout, "weighted_mean", skip).sum(), fullgraph=True, backend="aot_eager"
-    )
-    assert torch.equal(compiled(hidden), pool(hidden, layout, "weighted_mean", skip).sum())
+    arguments = (layout.starts, layout.lengths, skip, "mean")
+    torch.library.opcheck(pool_operator, (hidden.requires_grad_(), *arguments, False, triton))
+    torch.library.opcheck(
+        pool_backward_operator, (torch.ones(3, 8), 14, *arguments, torch.float16, True, triton),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_it_compiles_whole_and_only_once_as_lengths_change(backend):
+    torch._dynamo.reset()
+    counters.clear()
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    def step(hidden, layout):
+        return pool(hidden * 2, layout, "weighted_mean", backend=backend).square().sum()
+
+    for lengths in ((5, 9, 3), (4, 1, 30, 7), (0, 17), (3, 3, 3, 3, 50)):
+        hidden, layout, _ = packed(lengths, 8, torch.float32)
+        loss = step(hidden.requires_grad_(), layout)
+        loss.backward()
+        expected = pool(hidden * 2, layout, "weighted_mean", backend="reference").square().sum()
+        torch.testing.assert_close(loss, expected)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(
@@ -160,6 +207,6 @@ def test_what_does_not_fit_is_refused(change, message):
         pool(**{**arguments, **change})
 
 
-def test_a_backend_that_does_not_exist_is_refused():
+def test_float64_on_triton_is_refused():
     with pytest.raises(BackendUnavailableError, match="pool has no 'triton' implementation"):
-        pool(torch.zeros(7, 4), SequenceLayout.from_lengths([4, 3]), backend="triton")
+        pool(torch.zeros(7, 4).double(), SequenceLayout.from_lengths([4, 3]), backend="triton")

@@ -1,0 +1,21 @@
+"""What the element-wise Triton kernels share when they are launched."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def readable(rows: Tensor) -> Tensor:
+    """Rows (R, d) as they are, whatever their stride; a copy only where the elements of a row do not touch."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the CPU, where Triton only interprets, counts as two."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.xpu.get_device_properties(device).max_compute_units if device.type == "xpu" else 2

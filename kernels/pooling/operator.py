@@ -1,0 +1,72 @@
+"""Pooling as PyTorch operators: whole to torch.compile, differentiable, with shapes known beforehand.
+
+``triton`` picks the kernels, else the blocked implementation runs; ``padded``: there are rows of no sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("llm2vec_fast::pool", mutates_args=())
+def pool_operator(
+    hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str, padded: bool, triton: bool
+) -> Tensor:
+    """hidden (T, d) → (N, d), float32 or wider."""
+    if triton:
+        from .triton import pool_forward
+    else:
+        from .blocked import pool_forward
+    return pool_forward(hidden, starts, lengths, skip, mode)
+
+
+@torch.library.custom_op("llm2vec_fast::pool_backward", mutates_args=())
+def pool_backward_operator(
+    grad: Tensor,
+    total: int,
+    starts: Tensor,
+    lengths: Tensor,
+    skip: Tensor | None,
+    mode: str,
+    dtype: torch.dtype,
+    padded: bool,
+    triton: bool,
+) -> Tensor:
+    """grad (N, d) → (T, d) in ``dtype``, zeros on rows that took no part."""
+    if triton:
+        from .triton import pool_backward
+
+        return pool_backward(grad, total, starts, lengths, skip, mode, dtype, padded)
+    from .blocked import pool_backward
+
+    return pool_backward(grad, total, starts, lengths, skip, mode, dtype)
+
+
+@pool_operator.register_fake
+def _(hidden, starts, lengths, skip, mode, padded, triton):
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(starts.shape[0], hidden.shape[1], dtype=dtype)
+
+
+@pool_backward_operator.register_fake
+def _(grad, total, starts, lengths, skip, mode, dtype, padded, triton):
+    return grad.new_empty(total, grad.shape[1], dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, starts, lengths, skip, ctx.mode, ctx.padded, ctx.triton = inputs
+    ctx.save_for_backward(starts, lengths, skip)
+    ctx.total, ctx.dtype = hidden.shape[0], hidden.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_hidden = pool_backward_operator(
+        grad, ctx.total, *ctx.saved_tensors, ctx.mode, ctx.dtype, ctx.padded, ctx.triton
+    )
+    return grad_hidden, None, None, None, None, None, None
+
+
+pool_operator.register_autograd(_backward, setup_context=_setup_context)
