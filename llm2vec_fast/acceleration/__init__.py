@@ -1,0 +1,77 @@
+"""Swap parts of a Hugging Face model for faster ones, on the instance, and back.
+
+RMSNorm, rotary embedding, gated MLPs and attention run our operations, in training and in use, on every device; a
+causal language model given labels returns its loss without ever writing its logits. On a CPU, linear layers in use run
+on packed weights, with the activation and the gate folded into the products.
+
+A swapped module keeps its parameters, its state dict and its place; only its class changes, so that copies, pickles and
+adapters go on working. What a module computes is compared with our formula first: names alone are not trusted.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from .attention import restore_attention, swap_attention
+from .gated_mlp import fuse_gated_mlps
+from .linear import pack_linears
+from .loss import fuse_loss
+from .norm import fuse_norms
+from .rotary import fuse_rotary
+from .swapping import Acceleration, unswap
+
+__all__ = ["Acceleration", "accelerate", "restore"]
+
+logger = logging.getLogger(__name__)
+
+
+def accelerate(
+    model: nn.Module,
+    attention: bool = True,
+    norm: bool = True,
+    rotary: bool = True,
+    swiglu: bool = True,
+    loss: bool = True,
+    *,
+    linear: bool = True,
+) -> Acceleration:
+    """Make a model's training and use faster and leaner, in place; `restore` undoes it.
+
+    Outputs and gradients stay as exact as the stock model's, before or after an adapter is put on, under activation
+    checkpointing and torch.compile. What `save_pretrained` writes has the same keys.
+
+    Args:
+        model: a transformers model, bare, with a head, or inside a peft model.
+        attention: run our attention, causal or both ways as the model does already. It takes 2-D attention masks and
+            packed batches, and no cache: `restore` the model before it generates.
+        norm, rotary, swiglu: run our RMSNorm, rotary embedding, and gated MLPs.
+        loss: with ``labels``, the forward pass returns the loss and no logits; ``output_logits=True`` asks for both,
+            which costs what it did.
+        linear: on a CPU, in evaluation mode without gradients, run linear layers on packed weights. They are copies:
+            they take the memory of the layers' weights once more, unless those lie in a file that can be read again,
+            and are left out where they would exceed a quarter of the memory that is free. After writing to a weight
+            through ``.data``, call this again.
+
+    Returns:
+        What was swapped, and what was left alone and why; the same is logged.
+    """
+    restore(model)
+    report = Acceleration()
+    parts = {
+        pack_linears: linear, fuse_gated_mlps: swiglu, fuse_norms: norm, fuse_rotary: rotary, swap_attention: attention,
+        fuse_loss: loss,
+    }  # fmt: skip
+    for swap_part, wanted in parts.items():
+        if wanted:
+            swap_part(model, report)
+    logger.info("accelerated %s: %s", type(model).__name__, report)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every module is of its stock class again, and the packed weights are freed."""
+    for module in model.modules():
+        restore_attention(module)
+        unswap(module)

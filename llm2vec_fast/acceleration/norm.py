@@ -1,0 +1,49 @@
+"""RMSNorm modules that run our operation."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import rms_norm
+from .swapping import Acceleration, is_replaced, swap
+
+
+class FusedRMSNorm(nn.Module):
+    """A stock RMSNorm in one operation, for training and for use."""
+
+    _norm: tuple[float, float]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:  # which of the two the result has depends on the module
+            return self._stock_class.forward(self, x)
+        eps, offset = self._norm
+        return rms_norm(x, self.weight, eps, offset=offset)
+
+
+def fuse_norms(model: nn.Module, report: Acceleration) -> None:
+    """Swap every module called RMSNorm that computes one."""
+    for module in [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]:
+        form = None if is_replaced(module) else _form(module)
+        if form is None:
+            report.left[type(module).__name__] = "it computes something else than x / rms(x) * weight"
+        else:
+            swap(module, FusedRMSNorm, _norm=form)
+            report.count("norm")
+
+
+@torch.no_grad()
+def _form(module: nn.Module) -> tuple[float, float] | None:
+    """(eps, offset) with which `rms_norm` computes what this module does; None if it computes something else."""
+    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    weight = getattr(module, "weight", None)
+    if eps is None or weight is None or weight.ndim != 1:
+        return None
+    wide = copy.deepcopy(module).float()
+    x = torch.linspace(-2, 3, weight.shape[0], device=weight.device)[None]
+    for offset in (0.0, 1.0):
+        if torch.allclose(wide(x), rms_norm(x, wide.weight, eps, offset=offset, backend="reference"), rtol=1e-5):
+            return eps, offset
+    return None
