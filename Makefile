@@ -31,10 +31,12 @@ format: install ## put style and formatting right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install model ## measure encoding, attention and the masked-token loss against their peers, in one run
+bench: install model ## measure encoding and every operation against their peers, in one run
 	$(PY) -m benchmarks.encode
+	$(PY) -m benchmarks.contrastive
 	$(PY) -m benchmarks.attention
 	$(PY) -m benchmarks.cross_entropy
+	$(PY) -m benchmarks.elementwise
 
 codegen: install ## compile every kernel for GPUs that need not be here, and hold the machine code to the gate
 	$(PY) -m benchmarks.codegen --json benchmarks/results/codegen.json --markdown benchmarks/results/codegen.md

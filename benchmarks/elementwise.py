@@ -1,0 +1,186 @@
+"""The element-wise operations on a CPU: ours against the modules of transformers that they replace.
+
+    python -m benchmarks.elementwise     # prints the table, writes results/elementwise.json; under two minutes
+
+The two take turns, in one process, on the same tensors; results are compared before anything is timed. What a training
+step keeps for its backward pass is counted, not measured: bytes of saved tensors that are not inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from benchmarks.report import machine, markdown_table, write_json
+from llm2vec_fast.kernels import SequenceLayout, pool, rms_norm, rotary, swiglu
+
+RESULTS = Path(__file__).parent / "results" / "elementwise.json"
+EPS, MIB = 1e-6, 1024 * 1024
+TEXT_LENGTH = 64
+SHORTEST_TURN = 0.02  # seconds: calls are repeated until a turn takes this long
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The rows of a batch, and the widths of a model."""
+
+    name: str
+    rows: int
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+SHAPES = (
+    Shape("SmolLM2-135M", 2048, 576, 1536, 9, 3, 64),
+    Shape("Llama-3-8B", 1024, 4096, 14336, 32, 8, 128),
+)
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Ours and theirs: called with the same tensors, of which the first ``free`` need gradients."""
+
+    ours: Call
+    theirs: Call
+    tensors: tuple[Tensor, ...]
+    free: int
+
+
+def operations(shape: Shape, dtype: torch.dtype) -> dict[str, Operation]:
+    """Everything that is measured for a model and dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    x, residual, weight = random(1, shape.rows, shape.width), random(1, shape.rows, shape.width), random(shape.width)
+    gate, up = random(1, shape.rows, shape.inner), random(1, shape.rows, shape.inner)
+    q = random(1, shape.rows, shape.heads, shape.head_dim).transpose(1, 2)
+    k = random(1, shape.rows, shape.kv_heads, shape.head_dim).transpose(1, 2)
+    angles = torch.randn(1, shape.rows, shape.head_dim // 2, generator=generator).repeat(1, 1, 2)
+    layout = SequenceLayout.from_lengths([TEXT_LENGTH] * (shape.rows // TEXT_LENGTH))
+
+    def norm(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        return (LlamaRMSNorm.forward(SimpleNamespace(weight=weight, variance_epsilon=EPS), x),)
+
+    def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return (*norm(total, weight), total)
+
+    def means(hidden: Tensor) -> tuple[Tensor]:
+        return (torch.stack([rows.float().mean(0) for rows in hidden.split(TEXT_LENGTH)]),)
+
+    return {
+        "rms_norm": Operation(lambda x, w: (rms_norm(x, w, EPS),), norm, (x, weight), 2),
+        "rms_norm, weight frozen": Operation(lambda x, w: (rms_norm(x, w, EPS),), norm, (x, weight), 1),
+        "add and rms_norm": Operation(lambda x, r, w: rms_norm(x, w, EPS, r), add_norm, (x, residual, weight), 3),
+        "rotary": Operation(rotary, apply_rotary_pos_emb, (q, k, angles.cos().to(dtype), angles.sin().to(dtype)), 2),
+        "swiglu": Operation(lambda g, u: (swiglu(g, u),), lambda g, u: (silu(g) * u,), (gate, up), 2),
+        "mean pooling": Operation(lambda h: (pool(h, layout),), means, (x[0],), 1),
+    }
+
+
+def step(call: Call, operation: Operation, training: bool) -> list[Tensor]:
+    """One pass: outputs, and in training the gradients too."""
+    if not training:
+        with torch.inference_mode():
+            return list(call(*operation.tensors))
+    given = [x.detach().requires_grad_(i < operation.free) for i, x in enumerate(operation.tensors)]
+    outputs = call(*given)
+    return [*outputs, *torch.autograd.grad(outputs, given[: operation.free], [torch.ones_like(x) for x in outputs])]
+
+
+def kept_bytes(call: Call, operation: Operation) -> int:
+    """What the forward pass keeps for the backward pass, inputs aside; tensors that share memory count once."""
+    given = [x.detach().requires_grad_(i < operation.free) for i, x in enumerate(operation.tensors)]
+    inputs, kept = {x.untyped_storage().data_ptr() for x in given}, {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = call(*given)
+    assert len(outputs) > 0
+    return sum(size for address, size in kept.items() if address not in inputs)
+
+
+def seconds(run: Callable[[], object], calls: int) -> float:
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - began) / calls
+
+
+def measure(operation: Operation, training: bool, rounds: int) -> dict:
+    """Medians of turns, and the bytes kept."""
+    pair = {"ours": operation.ours, "theirs": operation.theirs}
+    runs = {name: (lambda call=call: step(call, operation, training)) for name, call in pair.items()}
+    for ours, theirs in zip(runs["ours"](), runs["theirs"](), strict=True):
+        error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        assert error < 4 * torch.finfo(operation.tensors[0].dtype).eps, f"results differ by {error:.1e}"
+    calls = max(1, int(SHORTEST_TURN / seconds(runs["theirs"], 1)))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run, calls))
+    result = {f"{name}_seconds": statistics.median(times[name]) for name in pair}
+    result["ratio"] = statistics.median(a / b for a, b in zip(times["ours"], times["theirs"], strict=True))
+    if training:
+        result |= {f"{name}_kept": kept_bytes(call, operation) for name, call in pair.items()}
+    return result
+
+
+def row(name: str, result: dict) -> dict[str, str]:
+    """One line of the table."""
+    kept = "ours_kept" in result
+    return {
+        "": name,
+        "ours": f"{result['ours_seconds'] * 1000:.2f} ms",
+        "transformers": f"{result['theirs_seconds'] * 1000:.2f} ms",
+        "time, ours / theirs": f"{result['ratio']:.2f}",
+        "kept, ours": f"{result['ours_kept'] / MIB:.1f} MiB" if kept else "",
+        "kept, theirs": f"{result['theirs_kept'] / MIB:.1f} MiB" if kept else "",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Element-wise operations against transformers' modules, on a CPU.")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--only", default="", help="only cases whose name holds this text; writes nothing")
+    arguments = parser.parse_args()
+    results: dict[str, dict] = {}
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for operation_name, operation in operations(shape, dtype).items():
+                for training in (False, True):
+                    words = (
+                        shape.name,
+                        str(dtype).removeprefix("torch."),
+                        operation_name,
+                        "training" if training else "use",
+                    )
+                    name = ", ".join(words)
+                    if arguments.only in name:
+                        results[name] = measure(operation, training, arguments.rounds)
+    print(markdown_table([row(name, result) for name, result in results.items()]))
+    if not arguments.only:
+        write_json(RESULTS, {"machine": machine(), "rounds": arguments.rounds, "cases": results})
+
+
+if __name__ == "__main__":
+    main()
