@@ -16,11 +16,10 @@ from .rule import BOUNDED_SCALE, Rule
 __all__ = ["contrastive_loss"]
 
 _ALL = ("reference", "blocked", "triton")
-_FLOAT64 = ("reference", "blocked")
 _REDUCTIONS = ("mean", "sum", "none")
 _SIMILARITIES = ("cos", "dot")
 # On a CPU "auto" computes the whole matrix at once up to this many entries: see benchmarks/contrastive.py.
-WHOLE_ENTRIES = 1024 * 1024
+WHOLE_ENTRIES = 2048 * 2048
 
 
 def contrastive_loss(
@@ -73,7 +72,7 @@ def contrastive_loss(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or a setting is out of range. The values of
             ``positives`` and of a tensor ``scale`` are checked on a CPU only, where nobody has to wait for them.
-        BackendUnavailableError: an explicit backend cannot run this call.
+        BackendUnavailableError: an explicit backend cannot run this call: "reference" knows no ``group``.
 
     Autocast changes nothing: rows are used in the dtype they have.
 
@@ -88,7 +87,8 @@ def contrastive_loss(
     rule = Rule(cosine, symmetric, query_negatives, false_negative_margin, bounded)
     scale = _scale_tensor(scale, queries)
     positives = None if positives is None else positives.long()
-    implemented = _FLOAT64 if queries.dtype == torch.float64 else _ALL
+    missing = ("triton" if queries.dtype == torch.float64 else "", "reference" if group is not None else "")
+    implemented = tuple(name for name in _ALL if name not in missing)
     whole = _whole(queries, documents, query_negatives) if group is None else None
     choice = choose_for("contrastive_loss", backend, queries, implemented, preferred=whole)
     if group is not None:

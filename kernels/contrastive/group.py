@@ -46,10 +46,8 @@ def ring_loss(
     """`contrastive_loss` over the ranks of ``group``; its checks are done.
 
     Raises:
-        ValueError: rows of different width or dtype on different ranks, or the reference was asked for.
+        ValueError: rows of different width or dtype on different ranks.
     """
-    if choice == "reference":
-        raise ValueError("backend='reference' has no group=: pass backend='blocked' or 'auto'")
     ring = Ring(group, queries, documents, ids is not None)
     rule = replace(rule, bounded=False)  # ranks may differ in how they pass the scale
     losses = _RingLoss.apply(queries, documents, scale, positives, ids, rule, choice, ring)

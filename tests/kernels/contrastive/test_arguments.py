@@ -51,6 +51,11 @@ def test_settings_out_of_range_are_refused(settings, message):
         contrastive_loss(_rows(), _rows(), **settings)
 
 
+def test_the_reference_across_ranks_is_refused():
+    with pytest.raises(BackendUnavailableError, match="no 'reference' implementation for this call"):
+        contrastive_loss(_rows(), _rows(), group=object(), backend="reference")
+
+
 def test_float64_on_triton_is_refused():
     with pytest.raises(BackendUnavailableError, match="no 'triton' implementation for this call"):
         contrastive_loss(_rows(dtype=torch.float64), _rows(dtype=torch.float64), backend="triton")
