@@ -30,15 +30,15 @@ class _Plan:
 def pool_forward(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str) -> Tensor:
     """(T, d) → (N, d) in float32, or float64 where ``hidden`` is."""
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
-    plan = _plan(starts, lengths, skip, mode, accumulator)
-    if _one_by_one(plan):
+    if _one_by_one(hidden.shape[0], starts, mode):
         out = hidden.new_zeros((starts.shape[0], hidden.shape[1]), dtype=accumulator)
-        for i, rows, weights in _sequences(plan):
-            if mode == "weighted_mean":
-                torch.sum(hidden[rows] * weights[:, None], 0, out=out[i])
+        for i, rows, count in _sequences(starts, lengths, skip):
+            if mode == "mean":
+                torch.sum(hidden[rows], 0, dtype=accumulator, out=out[i]).div_(count)
             else:
-                torch.sum(hidden[rows], 0, dtype=accumulator, out=out[i]).mul_(weights[0])
+                torch.sum(hidden[rows] * _rising(count, out)[:, None], 0, out=out[i])
         return out
+    plan = _plan(starts, lengths, skip, mode, accumulator)
     weighted = hidden.index_select(0, plan.rows).to(accumulator)
     weighted.mul_(plan.weights[:, None])
     return _segment_sum(weighted, plan.counts)
@@ -48,29 +48,35 @@ def pool_backward(
     grad: Tensor, total: int, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str, dtype: torch.dtype
 ) -> Tensor:
     """Gradient of `pool_forward`: (N, d) → (T, d) in ``dtype``, zeros on rows that took no part."""
-    plan = _plan(starts, lengths, skip, mode, grad.dtype)
-    if _one_by_one(plan):
+    if _one_by_one(total, starts, mode):
         grad_hidden = torch.zeros(total, grad.shape[1], dtype=dtype, device=grad.device)
-        for i, rows, weights in _sequences(plan):
-            torch.mul(grad[i], weights[:, None], out=grad_hidden[rows])
+        for i, rows, count in _sequences(starts, lengths, skip):
+            grad_hidden[rows] = grad[i] / count if mode == "mean" else grad[i] * _rising(count, grad)[:, None]
         return grad_hidden
+    plan = _plan(starts, lengths, skip, mode, grad.dtype)
     owner = torch.arange(plan.counts.shape[0], device=grad.device).repeat_interleave(plan.counts)
     spread = grad.index_select(0, owner).mul_(plan.weights[:, None])
     grad_hidden = torch.zeros(total, grad.shape[1], dtype=dtype, device=grad.device)
     return grad_hidden.index_copy_(0, plan.rows, spread.to(dtype))
 
 
-def _one_by_one(plan: _Plan) -> bool:
-    return plan.rows.device.type == "cpu" and plan.rows.shape[0] >= ROWS_ONE_BY_ONE * plan.counts.shape[0]
+def _one_by_one(total: int, starts: Tensor, mode: str) -> bool:
+    whole = mode in ("mean", "weighted_mean")
+    return whole and starts.device.type == "cpu" and total >= ROWS_ONE_BY_ONE * starts.shape[0]
 
 
-def _sequences(plan: _Plan) -> Iterator[tuple[int, slice, Tensor]]:
-    """Number, rows and weights of each sequence of which some rows take part; they lie next to each other."""
-    ends = plan.counts.cumsum(0).tolist()
-    for i, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        if first < end:
-            row = int(plan.rows[first])
-            yield i, slice(row, row + end - first), plan.weights[first:end]
+def _sequences(starts: Tensor, lengths: Tensor, skip: Tensor | None) -> Iterator[tuple[int, slice, int]]:
+    """Number, rows that take part, and how many they are, of each sequence that has some."""
+    skipped = [0] * starts.shape[0] if skip is None else skip.tolist()
+    for i, (start, length, left_out) in enumerate(zip(starts.tolist(), lengths.tolist(), skipped, strict=True)):
+        count = length - max(left_out, 0)
+        if count > 0:
+            yield i, slice(start + length - count, start + length), count
+
+
+def _rising(count: int, like: Tensor) -> Tensor:
+    """Weights 1 … count, over their sum."""
+    return torch.arange(1, count + 1, dtype=like.dtype, device=like.device) * (2 / (count * (count + 1)))
 
 
 def _segment_sum(rows: Tensor, counts: Tensor) -> Tensor:
