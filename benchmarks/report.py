@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
+RESULTS_PAGE = Path(__file__).parent / "results" / "README.md"
 PACKAGES = ("torch", "triton", "transformers", "sentence-transformers")
 
 
@@ -46,17 +47,19 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def update_readme(name: str, text: str) -> None:
-    """Replace what stands between the markers ``<!-- bench:name -->`` and ``<!-- /bench:name -->``.
+    """Replace what stands between ``<!-- bench:name -->`` and ``<!-- /bench:name -->``, in the README or results/README.
 
     Raises:
-        ValueError: the README has no such markers.
+        ValueError: neither has such markers.
     """
     first, last = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-    before = README.read_text()
-    if first not in before or last not in before:
-        raise ValueError(f"{README.name} has no markers {first} and {last}: put them where the table belongs")
-    after = re.sub(f"{re.escape(first)}.*?{re.escape(last)}", lambda _: f"{first}\n{text}\n{last}", before, flags=re.S)
-    README.write_text(after)
+    for page in (README, RESULTS_PAGE):
+        before = page.read_text()
+        if first in before and last in before:
+            pattern = f"{re.escape(first)}.*?{re.escape(last)}"
+            page.write_text(re.sub(pattern, lambda _: f"{first}\n{text}\n{last}", before, flags=re.S))
+            return
+    raise ValueError(f"no page has the markers {first} and {last}: put them where the table belongs")
 
 
 def _processor() -> str:
