@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cache
 
 import torch
@@ -21,6 +22,8 @@ class Configuration:
         described: the loop copies its tiles by tensor descriptor (TMA) rather than by pointers.
         split: a head size that is no power of two is split into two blocks of columns (80 = 64 + 16), where that
             wastes less than padding it to one (128).
+        tail: with pointers, and where no tile but the last is masked: that one comes first, so many rows a step. It
+            takes fewer registers, and rounds the length of a short text up by less. 0: one step, last.
     """
 
     block_q: int
@@ -29,6 +32,7 @@ class Configuration:
     stages: int
     described: bool = False
     split: bool = False
+    tail: int = 0
 
     def widths(self, head_dim: int) -> tuple[int, int]:
         """The columns of a tile's one or two blocks (0: one), each a power of two that a matrix instruction takes."""
@@ -43,6 +47,7 @@ class Configuration:
         return {
             "BLOCK_Q": self.block_q,
             "BLOCK_K": self.block_k,
+            "BLOCK_T": self.tail,
             "BLOCK_D": width,
             "BLOCK_E": rest,
             "DESCRIBED": self.described,
@@ -56,68 +61,133 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# Chosen from what `python -m benchmarks.codegen` finds in the machine code, without timings: no (or the fewest) spilled
-# registers first, then the fewest instructions a FLOP in the inner loop (wi/MF, lower is better). Keys are
-# (tile width up to, from sm_90 on); the comments give wi/MF of the choice, then of what lost and why.
-_FORWARD = {
-    (64, True): Configuration(128, 128, 8, 2, described=True),  # 919
-    (128, True): Configuration(128, 128, 8, 2, described=True),  # 503
-    # 1156; 128×64 with 4 warps: 1240 and 16 bytes spilled.
-    (64, False): Configuration(128, 128, 8, 2),
-    # 963 and 56 bytes spilled; 128×128: 869 and 144 bytes; 64×64 with 4 warps: 1354 and 12 bytes.
-    (128, False): Configuration(128, 64, 8, 2),
-}
-_BACKWARD_KEYS = {
-    (64, True): Configuration(64, 64, 4, 2, described=True),  # 662
-    (128, True): Configuration(64, 64, 4, 2, described=True),  # 374
-    # 877; 64×64: 870 and 64 bytes spilled.
-    (64, False): Configuration(32, 128, 8, 2),
-    # 759 and 60 bytes spilled; 64×64 with 4 warps: 677 and 696 bytes.
-    (128, False): Configuration(32, 64, 4, 2),
-}
-_BACKWARD_QUERIES = {
-    (64, True): Configuration(128, 128, 8, 2, described=True),  # 567
-    (128, True): Configuration(64, 64, 4, 2, described=True),  # 404
-    # 860; 128×64 with 4 warps: 846 and 236 bytes spilled.
-    (64, False): Configuration(128, 64, 8, 2),
-    # 687; 128×64: 662 and 68 bytes spilled; 64×64 with 4 warps: 745.
-    (128, False): Configuration(128, 32, 8, 2),
-}
-# Tiles wider than 128 and float32, whose products use no tensor core, only need to fit.
-_SMALL = Configuration(32, 32, 4, 1)
-_FORWARD_WIDE = Configuration(64, 32, 4, 2)
+class Demand(Enum):
+    """What a rule asks of a kernel beside the products, by the registers it takes."""
+
+    PLAIN = 0
+    RULED = 1  # masked tiles in the middle, or capped logits
+    DROPOUT = 2
 
 
-@cache
-def forward(head_dim: int, dtype: torch.dtype, architecture: str, describable: bool) -> Configuration:
+# Chosen from what `make codegen` finds in the machine code, without timings: no spilled registers first, then the
+# fewest instructions a FLOP in the inner loop (wi/MF, lower is better; the comments give it). Tables are by tile width
+# (up to 64, 128 and 256), each row by demand: plain, ruled, dropout.
+_C = Configuration
+_DESCRIBED: dict[str, dict[int, tuple[Configuration, ...]]] = {
+    "forward": {
+        64: (_C(128, 128, 8, 2, True), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
+        128: (_C(128, 128, 8, 2, True), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
+        256: (_C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 32, 8, 2, True)),
+    },
+    "backward_keys": {
+        64: (_C(128, 64, 4, 2, True), _C(64, 64, 4, 2, True), _C(64, 64, 4, 2, True)),
+        128: (_C(64, 64, 4, 2, True), _C(32, 64, 4, 2, True), _C(32, 64, 4, 2, True)),
+        256: (_C(16, 64, 8, 2, True),) * 3,
+    },
+    "backward_queries": {
+        64: (_C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True)),
+        128: (_C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True)),
+        256: (_C(64, 32, 8, 2, True), _C(64, 32, 8, 2, True), _C(64, 32, 8, 2, True)),
+    },
+}
+_POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
+    "forward": {
+        64: (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(128, 64, 8, 2)),
+        128: (_C(128, 128, 8, 2, tail=16), _C(128, 32, 8, 2), _C(128, 32, 8, 2)),
+        256: (_C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(64, 32, 8, 2)),
+    },
+    "backward_keys": {
+        64: (_C(32, 128, 8, 2, tail=16), _C(32, 64, 4, 2), _C(32, 64, 8, 2)),
+        128: (_C(16, 128, 8, 2, tail=16), _C(32, 64, 8, 2), _C(32, 64, 8, 2)),
+        256: (_C(16, 64, 8, 2), _C(16, 64, 8, 2), _C(16, 64, 8, 2)),
+    },
+    "backward_queries": {
+        64: (_C(128, 64, 8, 2, tail=32), _C(128, 64, 8, 2), _C(128, 32, 8, 2)),
+        128: (_C(128, 32, 8, 2), _C(128, 32, 8, 2), _C(128, 32, 8, 2)),
+        256: (_C(64, 16, 8, 2), _C(64, 16, 8, 2), _C(64, 16, 8, 2)),
+    },
+}
+# Where sm_90 must read by pointers, its wgmmas keep more in registers: smaller tiles.
+_POINTERS_WGMMA: dict[str, dict[int, tuple[Configuration, ...]]] = {
+    "forward": {
+        64: (_C(128, 64, 8, 2),) * 3,
+        128: (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(128, 32, 8, 2)),
+        256: (_C(64, 32, 8, 2),) * 3,
+    },
+    "backward_keys": {
+        64: (_C(32, 64, 4, 2),) * 3,
+        128: (_C(32, 64, 8, 2),) * 3,
+        256: (_C(16, 64, 8, 2),) * 3,
+    },
+    "backward_queries": {
+        64: (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(128, 32, 8, 2)),
+        128: (_C(128, 32, 8, 2),) * 3,
+        256: (_C(64, 16, 8, 2),) * 3,
+    },
+}
+# 64 KiB of shared memory a block, waves of 64: four warps, tiles of 64 keys or fewer.
+_AMD: dict[str, dict[int, tuple[Configuration, ...]]] = {
+    "forward": {
+        64: (_C(128, 64, 4, 1),) * 3,
+        128: (_C(128, 32, 4, 1),) * 3,
+        256: (_C(64, 32, 4, 1),) * 3,
+    },
+    "backward_keys": {
+        64: (_C(32, 64, 4, 1),) * 3,
+        128: (_C(32, 64, 4, 1),) * 3,
+        256: (_C(16, 32, 4, 1),) * 3,
+    },
+    "backward_queries": {
+        64: (_C(64, 64, 4, 1),) * 3,
+        128: (_C(64, 32, 4, 1),) * 3,
+        256: (_C(32, 16, 4, 1),) * 3,
+    },
+}
+# float32 products use no tensor core (unless TF32 is allowed): every element of a tile passes through registers.
+_FLOAT32: dict[str, dict[int, Configuration]] = {
+    "forward": {64: _C(32, 32, 4, 1), 128: _C(32, 32, 8, 1), 256: _C(16, 16, 4, 1)},
+    "backward_keys": {64: _C(16, 32, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+    "backward_queries": {64: _C(32, 16, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+}
+
+
+def forward(head_dim: int, dtype: torch.dtype, architecture: str, describable: bool, demand: Demand) -> Configuration:
     """How the forward kernel is launched for a head size, dtype and architecture ("sm_80", "sm_90", "gfx942", …).
 
     ``describable``: whether the tensors that its loop reads can be copied by descriptor.
     """
-    width = block_d(head_dim)
-    if dtype == torch.float32:
-        return _FORWARD_WIDE if width <= 128 else _SMALL
-    return _FORWARD_WIDE if width > 128 else _FORWARD[_key(width, architecture, describable)]
+    return _choose("forward", head_dim, dtype, architecture, describable, demand)
 
 
-@cache
-def backward_keys(head_dim: int, dtype: torch.dtype, architecture: str, describable: bool) -> Configuration:
+def backward_keys(
+    head_dim: int, dtype: torch.dtype, architecture: str, describable: bool, demand: Demand
+) -> Configuration:
     """How the dK and dV kernel is launched."""
-    width = block_d(head_dim)
-    return _SMALL if dtype == torch.float32 or width > 128 else _BACKWARD_KEYS[_key(width, architecture, describable)]
+    return _choose("backward_keys", head_dim, dtype, architecture, describable, demand)
+
+
+def backward_queries(
+    head_dim: int, dtype: torch.dtype, architecture: str, describable: bool, demand: Demand
+) -> Configuration:
+    """How the dQ kernel is launched."""
+    return _choose("backward_queries", head_dim, dtype, architecture, describable, demand)
 
 
 @cache
-def backward_queries(head_dim: int, dtype: torch.dtype, architecture: str, describable: bool) -> Configuration:
-    """How the dQ kernel is launched."""
-    width = block_d(head_dim)
-    return (
-        _SMALL if dtype == torch.float32 or width > 128 else _BACKWARD_QUERIES[_key(width, architecture, describable)]
-    )
-
-
-def _key(width: int, architecture: str, describable: bool) -> tuple[int, bool]:
-    return 64 if width <= 64 else 128, describable and architecture.startswith(("sm_90", "sm_100", "sm_120"))
+def _choose(
+    kernel: str, head_dim: int, dtype: torch.dtype, architecture: str, describable: bool, demand: Demand
+) -> Configuration:
+    width = max(64, block_d(head_dim))
+    if dtype == torch.float32:
+        return _FLOAT32[kernel][width]
+    if architecture.startswith("gfx"):
+        table = _AMD
+    elif architecture.startswith(("sm_90", "sm_100", "sm_120")):
+        table = _DESCRIBED if describable else _POINTERS_WGMMA
+    else:
+        table = _POINTERS
+    config = table[kernel][width][demand.value]
+    return replace(config, split=block_d(head_dim) > 64)
 
 
 @cache

@@ -70,16 +70,16 @@ def _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softc
 def _forward_kernel(p_q, p_k, p_v, p_k_rest, p_v_rest, p_out, p_lse, p_tiles, p_seed,
                     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh,
                     rows, window, scale, softcap, threshold, gain,
-                    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
-                    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-                    BLOCK_E: tl.constexpr):  # fmt: skip
+                    UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+                    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+                    DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One program: a tile of queries of one sequence and one head. Writes out (T, Hq, D) and lse (Hq, T), to base 2."""
     sequence, first_q, start, length, _padded_start = _load_tile(p_tiles)
     head = tl.program_id(1)
-    keys = _rows_of(p_k, p_k_rest, stride_k, stride_kh, start, length, head // GROUP, DESCRIBED)
-    values = _rows_of(p_v, p_v_rest, stride_v, stride_vh, start, length, head // GROUP, DESCRIBED)
-    queries = _rows_of(p_q, None, stride_q, stride_qh, start, length, head, False)
+    keys = _rows_of(p_k, p_k_rest, stride_k, stride_kh, start, length, head // GROUP, UNIT, DESCRIBED)
+    values = _rows_of(p_v, p_v_rest, stride_v, stride_vh, start, length, head // GROUP, UNIT, DESCRIBED)
+    queries = _rows_of(p_q, None, stride_q, stride_qh, start, length, head, UNIT, False)
     # [BLOCK_Q, D]
     b_q = _load_rows(queries, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
     o_q = first_q + tl.arange(0, BLOCK_Q)
@@ -92,15 +92,22 @@ def _forward_kernel(p_q, p_k, p_v, p_k_rest, p_v_rest, p_out, p_lse, p_tiles, p_
 
     low, full_low, full_high, high = _key_range(first_q, length, window, BLOCK_Q, BLOCK_K, CAUSAL, HAS_WINDOW)
     skipped = full_high - full_low
+    TAIL_FIRST: tl.constexpr = BLOCK_T > 0 and not CAUSAL and not HAS_WINDOW and not DESCRIBED
+    if TAIL_FIRST:
+        for first_k in range(full_high, high, BLOCK_T):
+            state = _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softcap, random, True,
+                            CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM, BLOCK_Q,
+                            BLOCK_T, BLOCK_D, BLOCK_E)  # fmt: skip
     for first_k in range(full_low, full_high, BLOCK_K):
         state = _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softcap, random, False, CAUSAL,
                         HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_K,
                         BLOCK_D, BLOCK_E)  # fmt: skip
-    for step in range(low, high - skipped, BLOCK_K):
-        first_k = _masked_tile(step, full_low, skipped, HAS_WINDOW)
-        state = _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softcap, random, True, CAUSAL,
-                        HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_K,
-                        BLOCK_D, BLOCK_E)  # fmt: skip
+    if not TAIL_FIRST:
+        for step in range(low, high - skipped, BLOCK_K):
+            first_k = _masked_tile(step, full_low, skipped, HAS_WINDOW)
+            state = _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softcap, random, True,
+                            CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM, BLOCK_Q,
+                            BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
 
     b_acc, b_sum, b_max = state
     m_q = o_q < length
@@ -108,12 +115,9 @@ def _forward_kernel(p_q, p_k, p_v, p_k_rest, p_v_rest, p_out, p_lse, p_tiles, p_
     b_scale = 1.0 / b_sum
     if HAS_DROPOUT:
         b_scale *= gain
-    row = start.to(tl.int64) + first_q
-    head = head.to(tl.int64)
-    o_row = tl.arange(0, BLOCK_Q)
-    b_out = _times(b_acc, b_scale[:, None], BLOCK_E)
-    _store_rows(p_out + row * stride_o + head * stride_oh, stride_o, o_row, m_q, b_out, HEAD_DIM, BLOCK_D, BLOCK_E)
-    tl.store(p_lse + head * rows + row + o_row, b_max + tl.log2(b_sum), mask=m_q)
+    outs = _rows_of(p_out, None, stride_o, stride_oh, start, length, head, UNIT, False)
+    _store_rows(outs, first_q, _times(b_acc, b_scale[:, None], BLOCK_E), HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
+    tl.store(p_lse + head.to(tl.int64) * rows + start + o_q, b_max + tl.log2(b_sum), mask=m_q)
 
 
 def attention_forward(
@@ -122,7 +126,9 @@ def attention_forward(
     """Output (T, Hq, D) and log-sum-exp to base 2 (Hq, T) float32; rows in no sequence hold 0 and −inf."""
     rows, heads, head_dim = q.shape
     q, k, v = (readable(x) for x in (q, k, v))
-    config = configurations.forward(head_dim, q.dtype, configurations.architecture_of(q.device), describable(k, v))
+    config = configurations.forward(
+        head_dim, q.dtype, configurations.architecture_of(q.device), describable(k, v), rule.demand
+    )
     table = tile_table(starts, lengths, config.block_q)
     padded = table.tokens < rows
     out = q.new_zeros(q.shape) if padded else q.new_empty(q.shape)

@@ -37,12 +37,13 @@ from .triton_parts import (
 @triton.jit(do_not_specialize=["rows", "padded_rows"])
 def _prepare_kernel(p_grad, p_out, p_lse, p_delta, p_padded_lse, p_tiles, rows, padded_rows,
                     stride_g, stride_gh, stride_o, stride_oh,
-                    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+                    BLOCK_D: tl.constexpr):  # fmt: skip
     """delta = Σ dO·O a row and the log-sum-exp, both (Hq, padded_rows) with each sequence padded: no masks later."""
     _sequence, first_q, start, length, padded_start = _load_tile(p_tiles)
     head = tl.program_id(1)
-    grads = _rows_of(p_grad, None, stride_g, stride_gh, start, length, head, False)
-    outs = _rows_of(p_out, None, stride_o, stride_oh, start, length, head, False)
+    grads = _rows_of(p_grad, None, stride_g, stride_gh, start, length, head, UNIT, False)
+    outs = _rows_of(p_out, None, stride_o, stride_oh, start, length, head, UNIT, False)
     # [BLOCK_Q, BLOCK_D]
     (b_grad,) = _load_rows(grads, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, 0)
     (b_out,) = _load_rows(outs, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, 0)
@@ -92,8 +93,9 @@ def _capped_slope(b_s, b_grad, HAS_SOFTCAP: tl.constexpr):
 def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, p_lse, p_delta, first_q, first_k, length, window, scale,
                  softcap, random,
                  MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                 HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                 BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+                 HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr,
+                 BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+                 BLOCK_E: tl.constexpr):  # fmt: skip
     """Add what the queries first_q … give to dK and dV of one tile of keys. Scores are transposed: [BK, BQ]."""
     o_q = first_q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, D]
@@ -127,15 +129,15 @@ def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, p_lse, p_delta, first_q, 
 def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_lse, p_delta, p_dk, p_dv, p_tiles, p_seed,
                   stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_g, stride_gh, stride_d,
                   stride_dh, padded_rows, window, scale, softcap, threshold, gain,
-                  GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                  HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
-                  HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_E: tl.constexpr):  # fmt: skip
+                  UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+                  HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+                  DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                  BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One program: a tile of keys of one sequence and one key head, over every query head of its group."""
     sequence, first_k, start, length, padded_start = _load_tile(p_tiles)
     kv_head = tl.program_id(1)
-    keys = _rows_of(p_k, None, stride_k, stride_kh, start, length, kv_head, False)
-    values = _rows_of(p_v, None, stride_v, stride_vh, start, length, kv_head, False)
+    keys = _rows_of(p_k, None, stride_k, stride_kh, start, length, kv_head, UNIT, False)
+    values = _rows_of(p_v, None, stride_v, stride_vh, start, length, kv_head, UNIT, False)
     # [BLOCK_K, D]
     b_k = _load_rows(keys, first_k, True, False, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
     b_v = _load_rows(values, first_k, True, False, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
@@ -144,23 +146,30 @@ def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_lse, p_delta, 
 
     low, full_low, full_high, high = _query_range(first_k, length, window, BLOCK_Q, BLOCK_K, CAUSAL, HAS_WINDOW)
     skipped = full_high - full_low
-    ALL_FULL: tl.constexpr = DESCRIBED and not CAUSAL and not HAS_WINDOW
+    PLAIN: tl.constexpr = not CAUSAL and not HAS_WINDOW
+    ALL_FULL: tl.constexpr = DESCRIBED and PLAIN  # descriptors end with the sequence, so its last tile needs no mask
+    TAIL_FIRST: tl.constexpr = BLOCK_T > 0 and PLAIN and not DESCRIBED
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
-        queries = _rows_of(p_q, p_q_rest, stride_q, stride_qh, start, length, head, DESCRIBED)
-        grads = _rows_of(p_grad, p_grad_rest, stride_g, stride_gh, start, length, head, DESCRIBED)
+        queries = _rows_of(p_q, p_q_rest, stride_q, stride_qh, start, length, head, UNIT, DESCRIBED)
+        grads = _rows_of(p_grad, p_grad_rest, stride_g, stride_gh, start, length, head, UNIT, DESCRIBED)
         p_head_lse = p_lse + head.to(tl.int64) * padded_rows + padded_start
         p_head_delta = p_delta + head.to(tl.int64) * padded_rows + padded_start
         random = (0, 0, 0, 0, 0)
         if HAS_DROPOUT:
             random = (tl.load(p_seed), threshold, gain, sequence, head)
-        # Where descriptors end with the sequence, its last tile needs no mask but that of a causal or windowed rule.
+        if TAIL_FIRST:
+            for first_q in range(full_high, high, BLOCK_T):
+                b_dk, b_dv = _add_queries(
+                    b_dk, b_dv, b_k, b_v, queries, grads, p_head_lse, p_head_delta, first_q, first_k, length, window,
+                    scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
+                    HEAD_DIM, BLOCK_T, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
         for first_q in range(full_low, length if ALL_FULL else full_high, BLOCK_Q):
             b_dk, b_dv = _add_queries(
                 b_dk, b_dv, b_k, b_v, queries, grads, p_head_lse, p_head_delta, first_q, first_k, length, window,
                 scale, softcap, random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
                 HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
-        if not ALL_FULL:
+        if not ALL_FULL and not TAIL_FIRST:
             for step in range(low, high - skipped, BLOCK_Q):
                 first_q = _masked_tile(step, full_low, skipped, CAUSAL or HAS_WINDOW)
                 b_dk, b_dv = _add_queries(
@@ -168,12 +177,10 @@ def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_lse, p_delta, 
                     scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
                     HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
 
-    o_row = tl.arange(0, BLOCK_K)
-    m_k = first_k + o_row < length
-    o_tile = (start.to(tl.int64) + first_k) * stride_d + kv_head.to(tl.int64) * stride_dh
-    b_dk = _times(b_dk, scale, BLOCK_E)
-    _store_rows(p_dk + o_tile, stride_d, o_row, m_k, b_dk, HEAD_DIM, BLOCK_D, BLOCK_E)
-    _store_rows(p_dv + o_tile, stride_d, o_row, m_k, b_dv, HEAD_DIM, BLOCK_D, BLOCK_E)
+    dks = _rows_of(p_dk, None, stride_d, stride_dh, start, length, kv_head, UNIT, False)
+    dvs = _rows_of(p_dv, None, stride_d, stride_dh, start, length, kv_head, UNIT, False)
+    _store_rows(dks, first_k, _times(b_dk, scale, BLOCK_E), HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
+    _store_rows(dvs, first_k, b_dv, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
 
 
 @triton.jit
@@ -204,16 +211,17 @@ def _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, len
 def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_lse, p_delta, p_dq, p_tiles, p_seed,
                stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_g, stride_gh, stride_d,
                stride_dh, padded_rows, window, scale, softcap, threshold, gain,
-               GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-               HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr,
-               BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+               UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+               HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+               DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+               BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One program: a tile of queries of one sequence and one head."""
     sequence, first_q, start, length, padded_start = _load_tile(p_tiles)
     head = tl.program_id(1)
-    keys = _rows_of(p_k, p_k_rest, stride_k, stride_kh, start, length, head // GROUP, DESCRIBED)
-    values = _rows_of(p_v, p_v_rest, stride_v, stride_vh, start, length, head // GROUP, DESCRIBED)
-    queries = _rows_of(p_q, None, stride_q, stride_qh, start, length, head, False)
-    grads = _rows_of(p_grad, None, stride_g, stride_gh, start, length, head, False)
+    keys = _rows_of(p_k, p_k_rest, stride_k, stride_kh, start, length, head // GROUP, UNIT, DESCRIBED)
+    values = _rows_of(p_v, p_v_rest, stride_v, stride_vh, start, length, head // GROUP, UNIT, DESCRIBED)
+    queries = _rows_of(p_q, None, stride_q, stride_qh, start, length, head, UNIT, False)
+    grads = _rows_of(p_grad, None, stride_g, stride_gh, start, length, head, UNIT, False)
     # [BLOCK_Q, D]
     b_q = _load_rows(queries, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
     b_grad = _load_rows(grads, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
@@ -228,20 +236,25 @@ def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_lse, p_delta, p_dq, 
 
     low, full_low, full_high, high = _key_range(first_q, length, window, BLOCK_Q, BLOCK_K, CAUSAL, HAS_WINDOW)
     skipped = full_high - full_low
+    TAIL_FIRST: tl.constexpr = BLOCK_T > 0 and not CAUSAL and not HAS_WINDOW and not DESCRIBED
+    if TAIL_FIRST:
+        for first_k in range(full_high, high, BLOCK_T):
+            b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale,
+                             softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
+                             HEAD_DIM, BLOCK_Q, BLOCK_T, BLOCK_D, BLOCK_E)  # fmt: skip
     for first_k in range(full_low, full_high, BLOCK_K):
         b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale, softcap,
                          random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM,
                          BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
-    for step in range(low, high - skipped, BLOCK_K):
-        first_k = _masked_tile(step, full_low, skipped, HAS_WINDOW)
-        b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale, softcap,
-                         random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM,
-                         BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
+    if not TAIL_FIRST:
+        for step in range(low, high - skipped, BLOCK_K):
+            first_k = _masked_tile(step, full_low, skipped, HAS_WINDOW)
+            b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale,
+                             softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
+                             HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
 
-    o_row = tl.arange(0, BLOCK_Q)
-    p_dq += (start.to(tl.int64) + first_q) * stride_d + head.to(tl.int64) * stride_dh
-    b_dq = _times(b_dq, scale, BLOCK_E)
-    _store_rows(p_dq, stride_d, o_row, o_q < length, b_dq, HEAD_DIM, BLOCK_D, BLOCK_E)
+    dqs = _rows_of(p_dq, None, stride_d, stride_dh, start, length, head, UNIT, False)
+    _store_rows(dqs, first_q, _times(b_dq, scale, BLOCK_E), HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
 
 
 def attention_backward(
@@ -264,12 +277,12 @@ def attention_backward(
     if table.count == 0:
         return dq, dk, dv
     padded_lse, delta = _prepare(grad, out, lse, table)
-    config = configurations.backward_keys(q.shape[2], q.dtype, architecture, describable(q, grad))
+    config = configurations.backward_keys(q.shape[2], q.dtype, architecture, describable(q, grad), rule.demand)
     keys = tile_table(starts, lengths, config.block_k)
     _dk_dv_kernel[(keys.count, k.shape[1])](
         **dk_dv_arguments(q, k, v, grad, padded_lse, delta, dk, dv, keys, config, rule)
     )
-    config = configurations.backward_queries(q.shape[2], q.dtype, architecture, describable(k, v))
+    config = configurations.backward_queries(q.shape[2], q.dtype, architecture, describable(k, v), rule.demand)
     queries = tile_table(starts, lengths, config.block_q)
     _dq_kernel[(queries.count, q.shape[1])](**dq_arguments(q, k, v, grad, padded_lse, delta, dq, queries, config, rule))
     return dq, dk, dv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 
 from . import dropout
-from .configurations import Configuration
+from .configurations import Configuration, Demand
 
 # What the hardware asks of a tensor that it copies by descriptor.
 ALIGNMENT = 16
 MOST_ROWS = 2**30
+WIDEST = 8  # elements in one access of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ class Rule:
     scale: float
     threshold: int  # dropout probability in 65536ths; 0: none
     seed: Tensor | None  # one int64 on the device; None without dropout
+
+    @property
+    def demand(self) -> Demand:
+        """By which a configuration is chosen."""
+        if self.threshold > 0:
+            return Demand.DROPOUT
+        masked = self.causal or self.window is not None
+        return Demand.RULED if masked or self.softcap is not None else Demand.PLAIN
 
     def arguments(self, q: Tensor, k: Tensor) -> dict[str, Any]:
         """What every kernel is told, by name."""
@@ -48,9 +58,15 @@ class Rule:
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
-    """stride_x and stride_xh, the strides of a row and of a head, for every tensor (rows, heads, D) passed as x=…"""
-    rows = {f"stride_{name}": x.stride(0) for name, x in tensors.items()}
-    return rows | {f"stride_{name}h": x.stride(1) for name, x in tensors.items()}
+    """stride_x and stride_xh, the strides of a row and of a head, for every tensor (rows, heads, D) passed as x=…
+
+    They are counted in UNITs of elements: Triton knows an integer's factors only where 16 divides it, and a head of 40
+    shows it none, so that a row would be read two bytes at a time.
+    """
+    counts = [x.stride(i) for x in tensors.values() for i in (0, 1)]
+    unit = math.gcd(WIDEST, *counts)
+    rows = {f"stride_{name}": x.stride(0) // unit for name, x in tensors.items()}
+    return rows | {f"stride_{name}h": x.stride(1) // unit for name, x in tensors.items()} | {"UNIT": unit}
 
 
 def readable(x: Tensor) -> Tensor:

@@ -29,11 +29,14 @@ def _load_tile(p_tiles):
 
 
 @triton.jit
-def _rows_of(x, x_rest, stride, stride_h, start, length, head, DESCRIBED: tl.constexpr):
+def _rows_of(x, x_rest, stride, stride_h, start, length, head, UNIT: tl.constexpr, DESCRIBED: tl.constexpr):
     """The rows of one sequence and head, as `_load_rows` takes them. x is a pointer, or a ragged tensor descriptor (and
-    x_rest the one of the second block of columns)."""
+    x_rest the one of the second block of columns). Strides are counted in UNITs of elements."""
+    stride = stride * UNIT
+    if x_rest is None:
+        x_rest = x  # Triton 3.6 cannot return None
     if not DESCRIBED:
-        x += start.to(tl.int64) * stride + head.to(tl.int64) * stride_h  # T·H·D can pass 2³¹
+        x += start.to(tl.int64) * stride + head.to(tl.int64) * (stride_h * UNIT)  # T·H·D can pass 2³¹
     return (x, x_rest, stride, start, length, head)
 
 
@@ -51,7 +54,7 @@ def _load_rows(rows, first, MASKED: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_
         o_row = tl.arange(0, BLOCK)
         m_row = first + o_row < length
         # The tile's base in int64, offsets within it in int32: fewer registers than pointers carried through the loop.
-        p_row = x + tl.to_tensor(first).to(tl.int64) * stride + o_row[:, None] * stride
+        p_row = x + (first + tl.full((), 0, tl.int64)) * stride + o_row[:, None] * stride
         b_x = _load_columns(p_row, m_row, 0, MASKED, HEAD_DIM, BLOCK_D)
         if BLOCK_E > 0:
             b_rest = _load_columns(p_row, m_row, BLOCK_D, MASKED, HEAD_DIM, BLOCK_E)
@@ -80,15 +83,18 @@ def _load_columns(p_row, m_row, FIRST: tl.constexpr, MASKED: tl.constexpr, HEAD_
 
 
 @triton.jit
-def _store_rows(p_x, stride, o_row, m_row, b_x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Write a tile of rows at p_x, in its dtype."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_tile = m_row[:, None] & (o_d < HEAD_DIM)[None, :]
-    tl.store(p_x + o_row[:, None] * stride + o_d[None, :], b_x[0].to(p_x.dtype.element_ty), mask=m_tile)
+def _store_rows(rows, first, b_x, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_E: tl.constexpr):  # fmt: skip
+    """Write rows first … first + BLOCK of a sequence, those that exist, by pointers and in their dtype."""
+    x, _x_rest, stride, _start, length, _head = rows
+    o_row = tl.arange(0, BLOCK)
+    m_row = (first + o_row < length)[:, None]
+    p_row = x + (first + tl.full((), 0, tl.int64)) * stride + o_row[:, None] * stride
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(p_row + o_d, b_x[0].to(x.dtype.element_ty), mask=m_row & (o_d < HEAD_DIM))
     if BLOCK_E > 0:
-        o_e = BLOCK_D + tl.arange(0, BLOCK_E)
-        m_tile = m_row[:, None] & (o_e < HEAD_DIM)[None, :]
-        tl.store(p_x + o_row[:, None] * stride + o_e[None, :], b_x[1].to(p_x.dtype.element_ty), mask=m_tile)
+        o_e = BLOCK_D + tl.arange(0, BLOCK_E)[None, :]
+        tl.store(p_row + o_e, b_x[1].to(x.dtype.element_ty), mask=m_row & (o_e < HEAD_DIM))
 
 
 @triton.jit
@@ -173,10 +179,12 @@ def _visible(o_q, o_k, length, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.cons
     """Which keys each query attends to, from positions within the sequence that broadcast. → bool"""
     m_s = o_k < length
     distance = o_q - o_k
-    if CAUSAL:
-        m_s = m_s & (distance >= 0)
     if HAS_WINDOW:
-        m_s = m_s & (distance <= window) & (distance >= -window)
+        # Both sides in one comparison: what lies before the window wraps to a large unsigned number.
+        before = window * (not CAUSAL)
+        m_s = m_s & ((distance + before).to(tl.uint32) <= (window + before).to(tl.uint32))
+    elif CAUSAL:
+        m_s = m_s & (distance >= 0)
     return m_s
 
 

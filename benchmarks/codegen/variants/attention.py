@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,19 +16,17 @@ from llm2vec_fast.kernels.tiles import tile_table
 
 ROWS, HEADS, KV_HEADS = 512, 8, 2
 HEAD_DIMS = (64, 128)
-OTHER_HEAD_DIMS = (32, 80, 96, 256)
+OTHER_HEAD_DIMS = (16, 32, 40, 72, 80, 96, 112, 256)
 RULES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window": {"window": 128},
     "softcap": {"softcap": 50.0},
     "dropout": {"threshold": 19661},
+    "all": {"causal": True, "window": 128, "softcap": 50.0, "threshold": 19661},
 }
 PASSES = ("forward", "dk-dv", "dq")
-# In each of these the accumulators fill the register file; what is spilled is read and written outside the inner loop.
-ALLOWANCES = {
-    ("attention-forward-D128-bfloat16", "sm_80"): Allowance("accumulators fill the registers", spilled_bytes=72),
-    ("attention-dk-dv-D128-bfloat16", "sm_80"): Allowance("accumulators fill the registers", spilled_bytes=64),
-}
+DESCRIBED = ("sm_90", "sm_100")  # architectures with tensor descriptors
+ALLOWANCES: dict[tuple[str, str], Allowance] = {}
 
 
 def attention(
@@ -36,23 +35,30 @@ def attention(
     head_dim: int,
     dtype: torch.dtype = torch.bfloat16,
     rule: str = "",
+    *,
+    describable: bool = True,
+    tf32: bool = False,
     config: Configuration | None = None,
 ) -> Variant:
-    """One of `PASSES` as it is launched for a head size, dtype and rule; ``config`` replaces the chosen one."""
+    """One of `PASSES` as it is launched for a head size, dtype and rule.
+
+    ``describable``: tensors that descriptors can describe; ``tf32``: the user allowed TF32; ``config`` replaces the
+    chosen configuration.
+    """
     choose = {
         "forward": configurations.forward,
         "dk-dv": configurations.backward_keys,
         "dq": configurations.backward_queries,
     }[which]
-    config = config or choose(head_dim, dtype, architecture, True)
+    settings = {"causal": False, "window": None, "softcap": None, "threshold": 0, **RULES.get(rule, {})}
+    seed = torch.zeros(1, dtype=torch.int64) if settings["threshold"] else None
+    settings = triton_launch.Rule(**settings, scale=head_dim**-0.5, seed=seed)
+    config = config or choose(head_dim, dtype, architecture, describable, settings.demand)
     layout = SequenceLayout.from_lengths([ROWS])
     q, grad = (torch.empty(ROWS, HEADS, head_dim, dtype=dtype) for _ in range(2))
     k, v = (torch.empty(ROWS, KV_HEADS, head_dim, dtype=dtype) for _ in range(2))
     rows = torch.empty(HEADS, ROWS)
     table = tile_table(layout.starts, layout.lengths, config.block_k if which == "dk-dv" else config.block_q)
-    settings = {"causal": False, "window": None, "softcap": None, "threshold": 0, **RULES.get(rule, {})}
-    seed = torch.zeros(1, dtype=torch.int64) if settings["threshold"] else None
-    settings = triton_launch.Rule(**settings, scale=head_dim**-0.5, seed=seed)
     if which == "forward":
         kernel = triton._forward_kernel
         arguments = triton.forward_arguments(q, k, v, grad, rows, table, config, settings)
@@ -62,7 +68,10 @@ def attention(
     else:
         kernel = triton_backward._dq_kernel
         arguments = triton_backward.dq_arguments(q, k, v, grad, rows, rows, q, table, config, settings)
-    words = (f"attention-{which}", f"D{head_dim}", str(dtype).removeprefix("torch."), rule)
+    if tf32:
+        arguments["PRECISION"] = "tf32"
+    how = "" if describable else "pointers"
+    words = (f"attention-{which}", f"D{head_dim}", "tf32" if tf32 else str(dtype).removeprefix("torch."), rule, how)
     products = "plain" if dtype == torch.float32 else "tensor"
     return Variant("-".join(filter(None, words)), kernel, arguments, products)
 
@@ -73,12 +82,18 @@ def main_variants(architecture: str) -> list[Variant]:
 
 
 def all_variants(architecture: str) -> list[Variant]:
-    """Every configuration the dispatcher can choose, and every rule at least once."""
+    """Every configuration that the dispatcher can choose, every head size by which tiles differ, and every rule."""
     variants = main_variants(architecture)
-    for which in PASSES:
-        variants += [attention(which, architecture, head_dim) for head_dim in OTHER_HEAD_DIMS]
-        variants += [attention(which, architecture, 64, rule=rule) for rule in RULES]
-        variants += [attention(which, architecture, 64, dtype) for dtype in (torch.float16, torch.float32)]
+    for which, head_dim in product(PASSES, OTHER_HEAD_DIMS):
+        variants.append(attention(which, architecture, head_dim))
+    for which, head_dim in product(PASSES, HEAD_DIMS):
+        variants += [attention(which, architecture, head_dim, rule=rule) for rule in RULES]
+        variants.append(attention(which, architecture, head_dim, torch.float16))
+        variants.append(attention(which, architecture, head_dim, torch.float32, tf32=True))
+    for which, head_dim in product(PASSES, (*HEAD_DIMS, 256)):
+        variants += [attention(which, architecture, head_dim, torch.float32, rule) for rule in ("", "all")]
+        if architecture in DESCRIBED:
+            variants += [attention(which, architecture, head_dim, rule=rule, describable=False) for rule in ("", "all")]
     return variants
 
 
