@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 DESCRIPTOR_ARCHITECTURES = ("sm_90", "sm_100", "sm_120")
-POINTER_ARCHITECTURE = "sm_80"
+UNALIGNED = "unaligned"  # instead of an architecture: rows that do not start at multiples of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Configuration:
 # first, then the fewest instructions a FLOP in the inner loop (wi/MF, lower is better); the comments give wi/MF of the
 # choice, then of what lost and why. float32 products use no tensor core and only need to fit.
 _PLAIN = Configuration(64, 64, 32, 4, 2)
+# Rows that are not aligned are copied element by element, which larger tiles have no registers for.
+_UNALIGNED = Configuration(64, 64, 32, 4, 1)
 # gfx942 has 64 KiB of local memory.
 _AMD = Configuration(128, 128, 32, 8, 2)
 # With descriptors. Forward and gradient 105, products 104 and 111; 64 elements and 3 stages: 170 to 183; 256×128: 127.
@@ -80,6 +82,8 @@ def product(dtype: torch.dtype, width: int, architecture: str, transposed: bool)
 def _shared(dtype: torch.dtype, width: int, architecture: str) -> Configuration | None:
     if dtype == torch.float32:
         return _PLAIN
+    if architecture == UNALIGNED:
+        return _UNALIGNED
     if architecture.startswith("gfx"):
         return _AMD
     if architecture.startswith(DESCRIPTOR_ARCHITECTURES):

@@ -171,12 +171,9 @@ def operand(x: Tensor, rows: int, columns: int, config: Configuration) -> Tensor
 
 
 def architecture_for(*operands: Tensor) -> str:
-    """The architecture to choose a configuration for: the device's, or where an operand does not meet what descriptors
-    demand of alignment the newest without them."""
+    """The architecture to choose a configuration for, or `UNALIGNED`."""
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
-    architecture = architecture_of(operands[0].device)
-    described = architecture.startswith(configurations.DESCRIPTOR_ARCHITECTURES)
-    return configurations.POINTER_ARCHITECTURE if described and not aligned else architecture
+    return architecture_of(operands[0].device) if aligned else configurations.UNALIGNED
 
 
 def readable(x: Tensor) -> Tensor:

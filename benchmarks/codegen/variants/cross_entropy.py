@@ -5,16 +5,23 @@ from __future__ import annotations
 import torch
 
 from benchmarks.codegen.compiling import Variant
-from benchmarks.codegen.variants import Recorded
+from benchmarks.codegen.variants import Allowance, Recorded
 from llm2vec_fast.kernels.cross_entropy import configurations, triton, triton_backward
 from llm2vec_fast.kernels.cross_entropy.configurations import Configuration
 from llm2vec_fast.kernels.cross_entropy.rule import Problem, Rule
 
 ROWS, VOCABULARY = 1024, 2048
 WIDTH = 4096
-OTHER_WIDTHS = (576, 577)  # of the second no row starts at a multiple of 16 bytes: no descriptors
+OTHER_WIDTHS = (576, 577)  # of the second, rows do not start at multiples of 16 bytes
 PASSES = ("forward", "gradient", "hidden", "weight")
 RULES = ("softcap", "all")
+# The accumulators fill the register file; what is spilled is read and written after the loop.
+ALLOWANCES = {
+    ("cross-entropy-gradient-d4096-bfloat16-softcap", "sm_90"): Allowance("softcap's slope", spilled_bytes=424),
+    ("cross-entropy-gradient-d4096-bfloat16-softcap", "sm_80"): Allowance("softcap's slope", spilled_bytes=632),
+    ("cross-entropy-gradient-d4096-bfloat16-all", "sm_90"): Allowance("every option at once", spilled_bytes=856),
+    ("cross-entropy-gradient-d4096-bfloat16-all", "sm_80"): Allowance("every option at once", spilled_bytes=280),
+}
 
 
 def cross_entropy(
@@ -27,10 +34,7 @@ def cross_entropy(
 ) -> Variant:
     """One of `PASSES`: the log-sum-exp, the logits' gradient, and its products that give the two gradients."""
     hidden, weight = torch.empty(ROWS, width, dtype=dtype), torch.empty(VOCABULARY, width, dtype=dtype)
-    if width * dtype.itemsize % 16 and architecture.startswith(configurations.DESCRIPTOR_ARCHITECTURES):
-        kind = (dtype, width, configurations.POINTER_ARCHITECTURE)
-    else:
-        kind = (dtype, width, architecture)
+    kind = (dtype, width, configurations.UNALIGNED if width * dtype.itemsize % 16 else architecture)
     transposed = which == "weight"
     if which == "forward":
         config = config or configurations.forward(*kind)
