@@ -16,7 +16,7 @@ DOCUMENTS = (9, 1, 12, 7)
 RULES = (
     {},
     {"symmetric": True},
-    {"query_negatives": True, "similarity": "dot"},
+    {"query_negatives": True},
     {"symmetric": True, "query_negatives": True, "false_negative_margin": -0.2},
 )
 CASES = [
