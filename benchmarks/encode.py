@@ -229,9 +229,9 @@ def main() -> None:
         write_json(RESULTS, {"machine": about, "settings": settings, "contenders": rows})
         note = (
             f"SmolLM2-135M, bfloat16, {len(texts)} docstrings of {tokens / len(texts):.0f} tokens on average, medians "
-            f"of {arguments.rounds} turns (one, where a turn takes over {SLOW:.0f} times ours). {about['processor']}, {about['cores']} cores; torch {about['torch']}, "
-            f"transformers {about['transformers']}, sentence-transformers {about['sentence-transformers']}; "
-            f"{about['date']}."
+            f"of {arguments.rounds} turns (one, where a turn takes over {SLOW:.0f} times ours). {about['processor']}, "
+            f"{about['cores']} cores; torch {about['torch']}, transformers {about['transformers']}, "
+            f"sentence-transformers {about['sentence-transformers']}; {about['date']}."
         )
         update_readme("encode", f"{note}\n\n{markdown_table(table)}")
 

@@ -47,7 +47,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def update_readme(name: str, text: str) -> None:
-    """Replace what stands between ``<!-- bench:name -->`` and ``<!-- /bench:name -->``, in the README or results/README.
+    """Replace what stands between ``<!-- bench:name -->`` and ``<!-- /bench:name -->``, in either page.
 
     Raises:
         ValueError: neither has such markers.
