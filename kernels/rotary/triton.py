@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .blocked import like
 
-TILE_ELEMENTS = 1024
+TILE_ELEMENTS = 2048  # eight a thread of an AMD GPU, whose warps have 64: 16 bytes an access
 WARPS = 4
 # Heads that share what a program loads of cos and sin; more would leave short batches with few programs.
 HEADS_A_PROGRAM = 4
