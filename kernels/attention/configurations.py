@@ -74,16 +74,20 @@ class Demand(Enum):
 # (up to 64, 128 and 256), each row by demand: plain, ruled, dropout.
 _C = Configuration
 _DESCRIBED: dict[str, dict[int, tuple[Configuration, ...]]] = {
+    # Plain 919, 503. 128×64 with 4 warps: 1015, 603 and 8 bytes spilled. 64×128: 912, 505, but each key is read from L2
+    # twice as often. Dropout at 128×128 spills 36 bytes.
     "forward": {
         64: (_C(128, 128, 8, 2, True), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
         128: (_C(128, 128, 8, 2, True), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
         256: (_C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 32, 8, 2, True)),
     },
+    # Plain 521, 374. 64×64: 662 for 64; 128×64: 304 bytes spilled for 128; 32×128 with 8 warps: 561.
     "backward_keys": {
         64: (_C(128, 64, 4, 2, True), _C(64, 64, 4, 2, True), _C(32, 64, 4, 2, True)),
         128: (_C(64, 64, 4, 2, True), _C(64, 64, 8, 2, True), _C(16, 64, 8, 2, True)),
         256: (_C(16, 64, 8, 2, True),) * 3,
     },
+    # Plain 567, 302. 64×128 with 4 warps: 554, 301, with twice the reads of keys; 64×64: 704, 404.
     "backward_queries": {
         64: (_C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True)),
         128: (_C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True)),
@@ -91,22 +95,27 @@ _DESCRIBED: dict[str, dict[int, tuple[Configuration, ...]]] = {
     },
 }
 _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
+    # Plain 1154, 873. For 128 without the tail first: 144 bytes spilled; 128×64: 963 and 72 bytes.
     "forward": {
         64: (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(128, 64, 8, 2)),
         128: (_C(128, 128, 8, 2, tail=16), _C(128, 32, 8, 2), _C(128, 32, 8, 2)),
         256: (_C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(64, 32, 8, 2)),
     },
+    # Plain 862, 740. 64×128: 809 and 24 bytes spilled for 64; 32×128: 689 and 88 bytes for 128.
     "backward_keys": {
         64: (_C(32, 128, 8, 2, tail=16), _C(32, 64, 8, 2), _C(16, 64, 4, 2)),
         128: (_C(16, 128, 8, 2, tail=16), _C(32, 64, 8, 2), _C(16, 64, 8, 2)),
         256: (_C(16, 64, 8, 2), _C(16, 64, 8, 2), _C(16, 64, 8, 2)),
     },
+    # Plain 854, 692. 128×64 with 4 warps: 841 and 132 bytes spilled for 64; 128×64: 662 and 68 bytes for 128.
     "backward_queries": {
         64: (_C(128, 64, 8, 2, tail=32), _C(128, 64, 8, 2), _C(128, 32, 8, 2)),
         128: (_C(128, 32, 8, 2), _C(128, 32, 8, 2), _C(64, 32, 8, 2)),
         256: (_C(64, 16, 8, 2), _C(64, 16, 8, 2), _C(64, 16, 8, 2)),
     },
 }
+# 128 × 64 spills 232 bytes there: logits come from tensor memory all at once.
+_TIGHT_ON_SM_100 = {("backward_keys", 64)}
 # Where sm_90 must read by pointers, its wgmmas keep more in registers: smaller tiles.
 _POINTERS_WGMMA: dict[str, dict[int, tuple[Configuration, ...]]] = {
     "forward": {
@@ -182,10 +191,12 @@ def _choose(
         return _FLOAT32[kernel][width]
     if architecture.startswith("gfx"):
         table = _AMD
-    elif architecture.startswith(("sm_90", "sm_100", "sm_120")):
+    elif architecture.startswith(("sm_90", "sm_100")):  # sm_120 has too little shared memory for these tiles
         table = _DESCRIBED if describable else _POINTERS_WGMMA
     else:
         table = _POINTERS
+    if architecture.startswith("sm_100") and table is _DESCRIBED and demand is Demand.PLAIN:
+        demand = Demand.RULED if (kernel, width) in _TIGHT_ON_SM_100 else demand
     config = table[kernel][width][demand.value]
     return replace(config, split=block_d(head_dim) > 64)
 
