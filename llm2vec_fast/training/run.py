@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from llm2vec_fast.acceleration import accelerate
 from llm2vec_fast.bidirectional import decoder_of, make_bidirectional
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.loading import ADAPTER_WEIGHTS, SETTINGS_FILE, best_device, load
@@ -46,6 +47,7 @@ def load_causal_model(arguments: StageArguments) -> tuple[nn.Module, PreTrainedT
         model = get_peft_model(model, lora_config(arguments))
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
+    accelerate(model)  # the loss, above all: no logits
     return model, loaded.tokenizer
 
 
