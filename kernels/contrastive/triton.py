@@ -215,7 +215,7 @@ def _product_kernel(p_h, p_v, p_into, stride_h, stride_v, stride_i, rows, inner_
     # [BLOCK_ROWS, BLOCK_COLUMNS]
     b_sum = tl.load(p_into + (o_x * stride_i)[:, None] + o_d[None, :], mask=m_into, other=0.0)
     for inner in range(0, inner_rows, BLOCK_INNER):
-        step = tl.to_tensor(inner)
+        step = inner + tl.full((), 0, tl.int32)
         if DESCRIPTORS:
             b_v = p_v.load([inner, first_d])
         else:

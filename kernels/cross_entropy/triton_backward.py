@@ -75,7 +75,7 @@ def _columns_tile(p_rows, stride, first, count, column, BLOCK_INNER: tl.constexp
     else:
         o_row = tl.arange(0, BLOCK_INNER)
         o_column = tl.arange(0, BLOCK)
-        p_tile = p_rows + tl.to_tensor(first).to(tl.int64) * stride + column
+        p_tile = p_rows + (first + tl.full((), 0, tl.int64)) * stride + column
         m_tile = (o_row < count - first)[:, None]
         if WIDTH % BLOCK != 0:
             m_tile = m_tile & (o_column < WIDTH - column)[None, :]
@@ -134,7 +134,7 @@ def _block(p, stride, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.c
     if DESCRIPTORS:
         b_tile = p.load([first_row, first_column])
     else:
-        p_tile = p + tl.to_tensor(first_row).to(tl.int64) * stride + first_column
+        p_tile = p + (first_row + tl.full((), 0, tl.int64)) * stride + first_column
         b_tile = tl.load(p_tile + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :])
     return b_tile
 

@@ -50,7 +50,7 @@ def _turn_heads(p_x, p_out, stride_xh, stride_xs, stride_oh, stride_os, first_he
     o_h = tl.arange(0, BLOCK_H)
     mask = m_s[:, None] & (o_h < WIDTH // 2)[None, :]
     for head in range(first_head, tl.minimum(first_head + HEADS, heads)):
-        wide = tl.to_tensor(head).to(tl.int64)
+        wide = head + tl.full((), 0, tl.int64)
         p_head = p_x + wide * stride_xh
         p_target = p_out + wide * stride_oh
         o_x = o_s[:, None] * stride_xs + o_h[None, :]
