@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -28,9 +29,12 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything can have imported Triton
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--device", default=os.environ.get(VARIABLE, "cpu"), help=f"cpu or cuda: where kernel tests run (${VARIABLE})"
-    )
+    with suppress(ValueError):  # a copy of this file beside made-up tests has added it
+        parser.addoption(
+            "--device",
+            default=os.environ.get(VARIABLE, "cpu"),
+            help=f"cpu or cuda: where kernel tests run (${VARIABLE})",
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
