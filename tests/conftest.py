@@ -29,12 +29,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything can have imported Triton
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    device = os.environ.get(VARIABLE, "cpu")
     with suppress(ValueError):  # a copy of this file beside made-up tests has added it
-        parser.addoption(
-            "--device",
-            default=os.environ.get(VARIABLE, "cpu"),
-            help=f"cpu or cuda: where kernel tests run (${VARIABLE})",
-        )
+        parser.addoption("--device", default=device, help=f"cpu or cuda: where kernel tests run (${VARIABLE})")
 
 
 def pytest_configure(config: pytest.Config) -> None:
