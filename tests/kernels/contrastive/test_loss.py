@@ -62,9 +62,10 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_losses_and_gradients_are_as_exact_as_pytorch(case, backend, dtype):
-    if dtype == torch.float16 and "false_negative_margin" in case.settings:
-        pytest.skip("on which side of a margin a similarity of float16 rows falls is a matter of rounding")
+def test_losses_and_gradients_are_as_exact_as_pytorch(request, case, backend, dtype):
+    if (backend, dtype, case) == ("triton", torch.float16, CASES[11]):
+        reason = "unit rows are rounded to float16: one similarity of these falls on the other side of the margin"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     for name, *results in three_ways(case, dtype, backend):
         factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
         assert_error_within(*results, factor=factor, name=name)
@@ -96,11 +97,17 @@ def test_many_tiles(small_tiles, case, backend):
 )
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_generated_shapes_and_rules(backend, rows, more, width, rule, shared, same):
-    # The log-sum-exp is one float32 number: weights are as exact as it is, which logits in the hundreds would show.
-    case = Case(rows, rows + more, width, rule, shared, same, scale=5.0 if rule["similarity"] == "cos" else 0.5)
+    case = Case(rows, rows + more, width, rule, shared, same, scale=5.0)
     for name, *results in three_ways(case, torch.float32, backend):
         factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
         assert_error_within(*results, factor=factor, name=name)
+
+
+@pytest.mark.xfail(strict=True, reason="weights are recomputed from one float32 log-sum-exp: logits of 100 show it")
+def test_large_dot_products_with_query_negatives():
+    case = Case(33, 66, 18, {"similarity": "dot", "query_negatives": True}, shared=True, scale=5.0)
+    for name, *results in three_ways(case, torch.float32, "triton"):
+        assert_error_within(*results, factor=OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR, name=name)
 
 
 @pytest.mark.parametrize("case", [Case(6, 9, 5, rule, shared=True, same=True) for rule in RULES], ids=str)
