@@ -89,7 +89,9 @@ def test_logits_of_ten_thousand(backend, dtype, softcap):
 def test_a_row_with_a_single_key_returns_its_value(backend):
     case = Case((65, 1, 130), settings={"window": 0})
     q, k, v = case.inputs(torch.float32)
-    assert_error_within(attention(q, k, v, case.sequence_layout(), window=0, backend=backend), v, v.double())
+    out = attention(q, k, v, case.sequence_layout(), window=0, backend=backend)
+    assert_error_within(out, v, v.double())
+    assert backend == "triton" or torch.equal(out, v)  # the running softmax rounds once
 
 
 @pytest.mark.parametrize("rule", [{}, {"window": 9}, {"causal": True}], ids=str)
