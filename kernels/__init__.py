@@ -10,6 +10,7 @@ else:
     from .cross_entropy import linear_cross_entropy
     from .layout import SequenceLayout
     from .linear import linear
+    from .lora import lora_linear
     from .pooling import pool
     from .rms_norm import rms_norm
     from .rotary import rotary
@@ -21,6 +22,7 @@ else:
         "contrastive_loss",
         "linear",
         "linear_cross_entropy",
+        "lora_linear",
         "pool",
         "rms_norm",
         "rotary",

