@@ -77,14 +77,14 @@ def load(
     base = str(base)
     _refuse_missing_path(base)
     trust = {"trust_remote_code": trust_remote_code}
-    first_adapter = None if _is_gguf(base) or not _has_adapter(base) else base
-    source = _base_of(base) if first_adapter else base
+    first_adapter = base if is_adapter(base) else None
+    source = base_of(base) if first_adapter else base
     model = _load_base(source, AutoModelForCausalLM if head else AutoModel, dtype=dtype, **trust, **kwargs)
     tokenizer = _load_tokenizer(base, source, **trust)
     if first_adapter:
-        model = merged(_put_on(model, first_adapter))
+        model = merged(put_on(model, first_adapter))
     if adapter is not None:
-        model = _put_on(model, str(adapter))
+        model = put_on(model, str(adapter))
         model = merged(model) if merge else model
     settings = _read_json(str(adapter) if adapter is not None else base, SETTINGS_FILE) or {}
     return Loaded(model, tokenizer, _published_name(base, source), settings)
@@ -168,11 +168,17 @@ def _refuse_unusable_folder(source: str) -> None:
         raise ModelLoadError(f"the model folder {source} has no weights: a *.safetensors file is expected")
 
 
-def _has_adapter(source: str) -> bool:
-    return _find(source, ADAPTER_CONFIG) is not None
+def is_adapter(source: str) -> bool:
+    """Whether a folder or hub name holds an adapter."""
+    return not _is_gguf(source) and _find(source, ADAPTER_CONFIG) is not None
 
 
-def _base_of(adapter: str) -> str:
+def base_of(adapter: str) -> str:
+    """The model that an adapter's configuration names as its base.
+
+    Raises:
+        ModelLoadError: it names none.
+    """
     named = (_read_json(adapter, ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
     if not named:
         raise ModelLoadError(
@@ -181,18 +187,25 @@ def _base_of(adapter: str) -> str:
     return str(named)
 
 
-def _put_on(model: nn.Module, adapter: str) -> PeftModel:
-    """Wrap a decoder in the adapter, frozen; every weight of the adapter must find its place."""
+def put_on(model: nn.Module, adapter: str) -> PeftModel:
+    """Wrap a decoder in the adapter, frozen; every weight of the adapter must find its place.
+
+    Raises:
+        ModelLoadError: the adapter cannot be read, or was made for a model of other shape.
+    """
     config = _adapter_config(adapter, model.name_or_path)
     weights = _adapter_weights(adapter)
-    with _quiet():
-        wrapped = get_peft_model(model, config)
-    names = set(wrapped.state_dict())
-    # Adapters of a model with its head say model.model.layers where those of the decoder alone have model.layers.
-    styles = [{re.sub(old, new, key): key for key in weights} for old, new in _KEY_STYLES]
-    best = max(styles, key=lambda style: _fitting(style, names))
-    renamed = {new: weights[old] for new, old in best.items() if ".lm_head." not in new}
-    result = set_peft_model_state_dict(wrapped, renamed)
+    try:
+        with _quiet():
+            wrapped = get_peft_model(model, config)
+        names = set(wrapped.state_dict())
+        # Adapters of a model with its head say model.model.layers where those of the decoder alone have model.layers.
+        styles = [{re.sub(old, new, key): key for key in weights} for old, new in _KEY_STYLES]
+        best = max(styles, key=lambda style: _fitting(style, names))
+        renamed = {new: weights[old] for new, old in best.items() if ".lm_head." not in new}
+        result = set_peft_model_state_dict(wrapped, renamed)
+    except (ValueError, RuntimeError) as error:  # layers of other names, weights of another shape
+        raise ModelLoadError(f"the adapter {adapter} does not fit this base: {_one_line(error)}") from error
     lost = sorted(result.unexpected_keys) or sorted(key for key in result.missing_keys if "lora_" in key)
     if lost:
         raise ModelLoadError(
@@ -208,7 +221,7 @@ def _fitting(keys: Any, names: set[str]) -> int:
 
 
 def _adapter_config(adapter: str, base: str) -> PeftConfig:
-    if not _has_adapter(adapter):
+    if not is_adapter(adapter):
         raise ModelLoadError(f"the adapter {adapter} has no {ADAPTER_CONFIG}: pass the folder that holds it")
     try:
         config = PeftConfig.from_pretrained(adapter)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llm2vec_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from llm2vec_fast.training.arguments import StageArguments
 
 
 class Stage(str, Enum):
     """The steps of the recipe."""
 
     mntp = "mntp"
+    simcse = "simcse"
+    contrastive = "contrastive"
 
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -22,29 +28,82 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def train(
     context: typer.Context,
-    stage: Annotated[Stage, typer.Argument(help="mntp: masked next-token prediction.")],
+    stage: Annotated[
+        Stage,
+        typer.Argument(
+            help="mntp: masked next-token prediction. simcse: a text finds itself under dropout. contrastive: a query "
+            "finds its document."
+        ),
+    ],
     config: Annotated[
         Path | None,
         typer.Argument(
             help="A YAML file, or a ready one (llama-3-8b, mistral-7b, …); options, --key value, win over it."
         ),
     ] = None,
+    options: Annotated[bool, typer.Option("--options", help="List the stage's settings, and train nothing.")] = False,
 ) -> None:
     """Train one stage of the recipe and write an encoder into output_dir.
 
     Every setting of transformers' TrainingArguments is one here, too. The same command goes on where a run ended.
+    On several GPUs: torchrun --nproc-per-node N -m llm2vec_fast train …
+
+    [bold]Examples[/bold]
+
+    llm2vec-fast train mntp llama-3-8b --train_file wiki.txt
+
+    llm2vec-fast train simcse llama-3-8b --train_file sentences.txt --learning_rate 1e-5
+
+    llm2vec-fast train contrastive --options
     """
     try:
-        from llm2vec_fast.training.arguments import MntpArguments
+        kind, run = _stage(stage)
         from llm2vec_fast.training.config import read_arguments
-        from llm2vec_fast.training.mntp import train_mntp
     except ModuleNotFoundError as error:
         raise UserError(f"training needs the package {error.name}: pip install 'llm2vec-fast[train]'") from error
 
+    if options:
+        _print_options(kind)
+        return
     overrides = list(context.args)
     if config is not None and str(config).startswith("--"):
         overrides, config = [str(config), *overrides], None
-    arguments = read_arguments(MntpArguments, config, overrides)
-    result = train_mntp(arguments)
+    arguments = read_arguments(kind, config, overrides)
+    result = run(arguments)
     if arguments.process_index == 0:
         print(f"trained {result.global_step:,} steps, mean loss {result.training_loss:.4f}: {arguments.output_dir}")
+
+
+def _stage(stage: Stage) -> tuple[type[StageArguments], Callable[[Any], Any]]:
+    """A stage's arguments and what runs it; importing a stage takes seconds."""
+    from llm2vec_fast.training import arguments
+
+    if stage is Stage.mntp:
+        from llm2vec_fast.training.mntp import train_mntp
+
+        return arguments.MntpArguments, train_mntp
+    if stage is Stage.simcse:
+        from llm2vec_fast.training.simcse import train_simcse
+
+        return arguments.SimcseArguments, train_simcse
+    from llm2vec_fast.training.contrastive import train_contrastive
+
+    return arguments.ContrastiveArguments, train_contrastive
+
+
+def _print_options(kind: type[StageArguments]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from llm2vec_fast.training.config import own_options, ready_configs
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("setting", "default", "what it is"):
+        table.add_column(name, overflow="fold")
+    for name, default, text in own_options(kind):
+        table.add_row(Text(f"--{name}", style="bold"), Text(default), Text(text))
+    console = Console()
+    console.print(table)
+    console.print(Text(f"\nReady configurations: {', '.join(ready_configs(kind.STAGE)) or 'none'}."))
+    console.print(Text("Beside these, every setting of transformers' TrainingArguments."))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.kernels.pooling import POOLING_MODES
 from llm2vec_fast.training.masking import MASK_TOKENS, MASKINGS
 
 # The projections that the paper adapts, all of Llama's; other families name them alike or fuse them.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# Looked for where nothing was asked for, and not missed.
+NEGATIVE_COLUMNS = ("negative",)
 
 
 @dataclass
@@ -25,8 +31,12 @@ class StageArguments(TrainingArguments):
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Decoder to train: a folder, a hub name or a GGUF file."}
     )
-    peft_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Adapter of an earlier stage, merged into the weights before training."}
+    peft_model_name_or_path: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Adapters of earlier stages, in order, merged into the weights before training."},
+    )
+    continue_adapter: bool = field(
+        default=False, metadata={"help": "Train the last of these adapters on, instead of a new one."}
     )
     train_file: list[str] = field(
         default_factory=list, metadata={"help": "Texts to train on: txt (one a line), jsonl, csv or parquet files."}
@@ -49,6 +59,7 @@ class StageArguments(TrainingArguments):
     ddp_find_unused_parameters: bool = field(
         default=False, metadata={"help": "Every adapter takes part in every step."}
     )
+    ddp_broadcast_buffers: bool = field(default=False, metadata={"help": "A decoder's buffers are constants."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "No use here: such a loss stops the run."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "Counts tokens for the speed shown."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
@@ -60,10 +71,21 @@ class StageArguments(TrainingArguments):
             raise UserError("train_file is not given: name the texts to train on")
         if self.max_seq_length < 2:
             raise UserError(f"max_seq_length={self.max_seq_length} leaves nothing to predict: give at least 2")
+        for name in ("train_file", "validation_file", "peft_model_name_or_path"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        if self.continue_adapter and not (self.peft_model_name_or_path and self.lora_r):
+            raise UserError("continue_adapter=True needs an adapter: give peft_model_name_or_path, and lora_r above 0")
         if self.lora_r < 0:
             raise UserError(f"lora_r={self.lora_r} is negative: give the adapter's rank, or 0 to train all weights")
         require_share("lora_dropout", self.lora_dropout)
         super().__post_init__()
+        if self.n_gpu > 1:  # transformers would cut batches along their first dimension, and a packed one has no such
+            self._n_gpu = 1
+
+    def encoder_settings(self) -> dict[str, Any]:
+        """What `LLM2Vec` is told of the encoder that comes out."""
+        return {"pooling_mode": "mean", "max_length": 512, "doc_max_length": 400}
 
 
 @dataclass
@@ -95,6 +117,131 @@ class MntpArguments(StageArguments):
         require_share("mlm_probability", self.mlm_probability)
         if self.mlm_probability == 0:
             raise UserError("mlm_probability=0 hides no token: give a share above 0")
+        super().__post_init__()
+
+
+@dataclass
+class EmbeddingArguments(StageArguments):
+    """What the stages that compare embeddings share."""
+
+    pooling_mode: str = field(default="mean", metadata={"help": "How a text's tokens become one embedding."})
+    scale: float = field(default=20.0, metadata={"help": "Factor on the cosines, the inverse of the temperature."})
+    learn_scale: bool = field(default=False, metadata={"help": "Train the scale, too; it starts at this value."})
+    symmetric: bool = field(
+        default=False, metadata={"help": "The mean with the loss that finds each document's query."}
+    )
+    query_negatives: bool = field(default=False, metadata={"help": "A query's negatives include the other queries."})
+    false_negative_margin: float | None = field(
+        default=None,
+        metadata={"help": "Leave out negatives whose cosine exceeds the positive's by more; by default none."},
+    )
+    matryoshka_dims: list[int] = field(
+        default_factory=list, metadata={"help": "Train the first so many dimensions, for each of these numbers."}
+    )
+    matryoshka_weights: list[float] = field(
+        default_factory=list, metadata={"help": "What each of them counts in the mean; all the same by default."}
+    )
+    attention_dropout: float = field(default=0.0, metadata={"help": "Share of the attention weights dropped."})
+    token_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose activations are held at once; a larger batch is embedded in pieces, each of them "
+            "twice. By default all."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        require_choice("pooling_mode", self.pooling_mode, tuple(POOLING_MODES))
+        require_share("attention_dropout", self.attention_dropout)
+        if not 0 < self.scale < math.inf:
+            raise UserError(f"scale={self.scale} is not a positive number: give the inverse of the temperature")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise UserError(f"token_budget={self.token_budget} is not positive: give tokens, or leave it out")
+        if any(width < 1 for width in self.matryoshka_dims):
+            raise UserError(f"matryoshka_dims={self.matryoshka_dims} has a number below 1: give numbers of dimensions")
+        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims):
+            raise UserError(
+                f"matryoshka_weights has {len(self.matryoshka_weights)} numbers and matryoshka_dims "
+                f"{len(self.matryoshka_dims)}: give one for each, or none"
+            )
+        if any(weight <= 0 for weight in self.matryoshka_weights):
+            raise UserError(f"matryoshka_weights={self.matryoshka_weights} has one that is not positive: leave it out")
+        self._join_accumulated()
+        super().__post_init__()
+
+    def encoder_settings(self) -> dict[str, Any]:
+        """See `StageArguments`."""
+        return {**super().encoder_settings(), "pooling_mode": self.pooling_mode}
+
+    def _join_accumulated(self) -> None:
+        """Batches that are accumulated are one batch: apart, texts would miss each other as negatives.
+
+        Embedding it in pieces keeps the memory that was asked for.
+        """
+        if self.gradient_accumulation_steps > 1:
+            if self.token_budget is None:
+                self.token_budget = self.per_device_train_batch_size * self.max_seq_length
+            self.per_device_train_batch_size *= self.gradient_accumulation_steps
+            self.gradient_accumulation_steps = 1
+
+
+@dataclass
+class SimcseArguments(EmbeddingArguments):
+    """Unsupervised SimCSE: a text's positive is itself under other dropout; the defaults are the paper's."""
+
+    STAGE: ClassVar[str] = "simcse"
+
+    attention_dropout: float = field(default=0.3, metadata={"help": "Share of the attention weights dropped."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens of a text; what is beyond is cut."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Texts of a step; each is there twice."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Texts of an evaluation step."})
+    learning_rate: float = field(default=3e-5, metadata={"help": "The largest learning rate."})
+    max_steps: int = field(default=1000, metadata={"help": "Steps to train; -1 goes by num_train_epochs."})
+
+
+@dataclass
+class ContrastiveArguments(EmbeddingArguments):
+    """Supervised contrastive training on pairs; the defaults are the paper's."""
+
+    STAGE: ClassVar[str] = "contrastive"
+
+    train_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Pairs to train on: jsonl, csv or parquet files; a batch holds rows of one of them."},
+    )
+    query_column: str = field(default="query", metadata={"help": "The column with the query."})
+    positive_column: str = field(
+        default="positive", metadata={"help": "The column with its document, or a list of them: one is drawn an epoch."}
+    )
+    negative_columns: list[str] = field(
+        default_factory=lambda: list(NEGATIVE_COLUMNS),
+        metadata={"help": "Columns with a hard negative or a list of them; by default negative, where there is one."},
+    )
+    negatives: int = field(default=1, metadata={"help": "Hard negatives of a query, drawn anew in every epoch."})
+    id_column: str | None = field(
+        default=None,
+        metadata={"help": "Rows of the same id are never negatives of each other; nor are those that share a text."},
+    )
+    query_instruction: list[str] = field(
+        default_factory=list, metadata={"help": "Put before queries, not pooled: one for all files or one for each."}
+    )
+    document_instruction: list[str] = field(
+        default_factory=list, metadata={"help": "Put before documents, not pooled: one for all files or one for each."}
+    )
+
+    scale: float = field(default=50.0, metadata={"help": "Factor on the cosines, the inverse of the temperature."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Queries of a step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Queries of an evaluation step."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "The largest learning rate."})
+    warmup_steps: float = field(default=300, metadata={"help": "Steps in which the learning rate rises to it."})
+    max_steps: int = field(default=1000, metadata={"help": "Steps to train; -1 goes by num_train_epochs."})
+
+    def __post_init__(self) -> None:
+        for name in ("negative_columns", "query_instruction", "document_instruction"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        if self.negatives < 0:
+            raise UserError(f"negatives={self.negatives} is negative: give the hard negatives of a query, or 0")
         super().__post_init__()
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import StageArguments
 
 Arguments = TypeVar("Arguments", bound=StageArguments)
 RESOLVED = "training_config.yaml"
+_HINT = "llm2vec-fast train STAGE --options tells what there is"
 READY = Path(__file__).parent / "configs"
 
 
@@ -51,13 +52,23 @@ def ready_configs(stage: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted((READY / stage).glob("*.yaml"))}
 
 
+def own_options(kind: type[StageArguments]) -> list[tuple[str, str, str]]:
+    """A stage's settings that transformers has not, or has with another default: name, default, and what it is."""
+    stock = {item.name: item for item in dataclasses.fields(TrainingArguments)}
+    found = []
+    for item in dataclasses.fields(kind):
+        default = _default_of(item)
+        if item.init and (item.name not in stock or default != _default_of(stock[item.name])):
+            found.append((item.name, str(default), item.metadata.get("help", "")))
+    return found
+
+
 def write_arguments(arguments: StageArguments, folder: Path) -> None:
     """Every setting that differs from its default, as a file that `read_arguments` takes."""
     chosen = {}
     for item in dataclasses.fields(arguments):
         value = getattr(arguments, item.name)
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        if item.init and value != default and isinstance(value, str | int | float | bool | list | dict):
+        if item.init and value != _default_of(item) and isinstance(value, str | int | float | bool | list | dict):
             chosen[item.name] = getattr(value, "value", value)
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f"{RESOLVED}.tmp"
@@ -65,18 +76,22 @@ def write_arguments(arguments: StageArguments, folder: Path) -> None:
     beside.replace(folder / RESOLVED)
 
 
+def _default_of(item: dataclasses.Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+
+
 class _Parser(HfArgumentParser):
     """Refuses in one sentence instead of a page of usage."""
 
     def error(self, message: str) -> None:
-        raise UserError(f"{message} (llm2vec-fast train --help tells what there is)")
+        raise UserError(f"{message} ({_HINT})")
 
 
 def _require_known(key: str, names: set[str], place: str) -> None:
     if key in names:
         return
     near = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else "llm2vec-fast train --help tells what there is"
+    hint = f"did you mean {near[0]}?" if near else _HINT
     raise UserError(f"{place} has an unknown key {key!r}: {hint}")
 
 

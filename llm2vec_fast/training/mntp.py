@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset as HubDataset
 from torch import Tensor, nn
-from transformers import (
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from llm2vec_fast.bidirectional import decoder_of
@@ -26,7 +20,9 @@ from llm2vec_fast.kernels import linear_cross_entropy
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
-from llm2vec_fast.training.run import ROWS, StageTrainer, load_causal_model, run
+from llm2vec_fast.training.models import load_model
+from llm2vec_fast.training.run import ROWS, StageTrainer, run
+from llm2vec_fast.training.sampling import NextEpoch
 from llm2vec_fast.training.texts import read_texts, tokenise
 
 
@@ -121,34 +117,24 @@ def train_mntp(arguments: MntpArguments) -> TrainOutput:
         UserError: the model, the texts or the settings do not allow it; the message says what to do.
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
     """
-    model, tokenizer = load_causal_model(arguments)
+    stage = load_model(arguments, head=True)
     datasets = {
-        name: Sequences(_tokens(files, tokenizer, arguments), arguments.data_seed or arguments.seed)
+        name: Sequences(_tokens(files, stage.tokenizer, arguments), arguments.data_seed or arguments.seed)
         for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
         if files
     }
     trainer = MntpTrainer(
-        model,
+        stage.model,
         arguments,
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("validation"),
         data_collator=MntpCollator(
-            tokenizer, arguments.data_collator_type, arguments.mask_token_type, arguments.mlm_probability
+            stage.tokenizer, arguments.data_collator_type, arguments.mask_token_type, arguments.mlm_probability
         ),
         compute_metrics=_accuracy,
         callbacks=[NextEpoch(datasets["train"])],
     )
-    return run(trainer, arguments, tokenizer)
-
-
-class NextEpoch(TrainerCallback):
-    """Tells the sequences which epoch it is."""
-
-    def __init__(self, sequences: Sequences) -> None:
-        self._sequences = sequences
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._sequences.epoch = int(state.epoch or 0)
+    return run(trainer, arguments, stage)
 
 
 def _tokens(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments) -> HubDataset:

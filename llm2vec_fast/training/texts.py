@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +22,26 @@ def read_texts(files: Sequence[str], text_column: str) -> Dataset:
     """One column ``text`` of non-empty strings, a row a text.
 
     Raises:
-        UserError: a file is missing, of an unknown format, not readable, or without the column.
+        UserError: see `read_rows`; or the column is missing, or no row has a text in it.
+    """
+    texts = read_rows(files)
+    column = _TEXT_COLUMN if Path(files[0]).suffix.lower() == ".txt" else text_column
+    if column not in texts.column_names:
+        raise UserError(f"the training files have no column {column!r}: there are {', '.join(texts.column_names)}")
+    texts = texts.select_columns([column]).rename_column(column, "text") if column != "text" else texts
+    texts = texts.select_columns(["text"]).filter(
+        lambda batch: [isinstance(text, str) and bool(text.strip()) for text in batch["text"]], batched=True
+    )
+    if not len(texts):
+        raise UserError(f"the training files have no text in their column {column!r}: check the files")
+    return texts
+
+
+def read_rows(files: Sequence[str]) -> Dataset:
+    """All columns of some files of one format.
+
+    Raises:
+        UserError: a file is missing, of an unknown format, or not readable.
     """
     kinds = {Path(name).suffix.lower() for name in files}
     unknown = sorted(kinds - set(_READERS))
@@ -34,16 +54,22 @@ def read_texts(files: Sequence[str], text_column: str) -> Dataset:
         if not Path(name).is_file():
             raise UserError(f"the training file {name} does not exist: check the path")
     try:
-        texts = load_dataset(readers[0], data_files=list(files), split="train")
+        return load_dataset(readers[0], data_files=list(files), split="train")
     except Exception as error:  # the readers of damaged files raise anything
         raise UserError(f"the training files cannot be read: {' '.join(str(error).split())[:300]}") from error
-    column = _TEXT_COLUMN if readers[0] == "text" else text_column
-    if column not in texts.column_names:
-        raise UserError(f"the training files have no column {column!r}: there are {', '.join(texts.column_names)}")
-    texts = texts.select_columns([column]).rename_column(column, "text") if column != "text" else texts
-    return texts.select_columns(["text"]).filter(
-        lambda batch: [isinstance(text, str) and bool(text.strip()) for text in batch["text"]], batched=True
-    )
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Rows of a dataset, each with its number under ``row``."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._rows[index], "row": index}
 
 
 def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, line_by_line: bool) -> Dataset:

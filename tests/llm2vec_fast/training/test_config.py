@@ -46,7 +46,7 @@ def test_ready_configurations_are_valid(name: str) -> None:
     ("line", "message"),
     [
         ("learning_rte: 1", r"the file .* has an unknown key 'learning_rte': did you mean learning_rate\?"),
-        ("zzzzz: 1", "has an unknown key 'zzzzz': llm2vec-fast train --help tells what there is"),
+        ("zzzzz: 1", "has an unknown key 'zzzzz': llm2vec-fast train STAGE --options tells what there is"),
         ("mlm_probability: 1.5", "mlm_probability=1.5 is not a share"),
         ("mlm_probability: 0.0", "mlm_probability=0 hides no token"),
         ("mask_token_type: blnk", "mask_token_type=blnk is unknown: choose one of blank, eos, mask"),

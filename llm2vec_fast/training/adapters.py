@@ -1,0 +1,98 @@
+"""Adapters of several stages as one: the weights that come out need nothing but the model they were all made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from llm2vec_fast.bidirectional import decoder_of
+from llm2vec_fast.errors import UserError
+
+_PREFIX = "base_model.model."
+
+
+class LowRank(NamedTuple):
+    """What an adapter adds to one weight, up · down: ``up`` (out, r) holds the adapter's scale, ``down`` is (r, in)."""
+
+    up: Tensor
+    down: Tensor
+
+
+Update = Mapping[str, LowRank]  # by the layer's name in the decoder
+
+
+def update_of(wrapped: PeftModel, adapter: str) -> Update:
+    """What the adapter of ``wrapped`` adds to the weights.
+
+    Raises:
+        UserError: it is of a kind that is not only added low-rank products.
+    """
+    config = wrapped.active_peft_config
+    plain = isinstance(config, LoraConfig) and not (config.use_dora or config.modules_to_save or config.bias != "none")
+    if not plain:
+        raise UserError(
+            f"the adapter {adapter} is not plain LoRA and cannot be joined with a new one: merge it into its base "
+            "first, with LLM2Vec.from_pretrained(...).save(folder, merge_before_save=True), and train from that folder"
+        )
+    name = wrapped.active_adapter
+    return {
+        layer: LowRank(
+            (module.lora_B[name].weight.detach().float() * module.scaling[name]).cpu(),
+            module.lora_A[name].weight.detach().float().cpu().clone(),
+        )
+        for layer, module in decoder_of(wrapped).named_modules()
+        if isinstance(module, LoraLayer) and name in module.lora_A
+    }
+
+
+def update_of_weights(weights: Mapping[str, Tensor], scale: float) -> Update:
+    """The same from an adapter's state dict, as peft names it for the decoder alone."""
+    layers = {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in weights}
+    return {
+        layer: LowRank(
+            weights[f"{_PREFIX}{layer}.lora_B.weight"].float().cpu() * scale,
+            weights[f"{_PREFIX}{layer}.lora_A.weight"].float().cpu(),
+        )
+        for layer in sorted(layers)
+    }
+
+
+def joined(updates: Sequence[Update], decoder: nn.Module) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """One adapter that adds the sum of ``updates``: their products side by side, of the sum of their ranks.
+
+    Returns:
+        Its configuration, which names no base yet, and its weights, float32, for the decoder alone.
+    """
+    ranks = [max(part.down.shape[0] for part in update.values()) for update in updates]
+    weights = {}
+    for layer in dict.fromkeys(name for update in updates for name in update):
+        known = next(update[layer] for update in updates if layer in update)
+        nothing = LowRank(known.up[:, :0], known.down[:0])
+        parts = [_widened(update.get(layer, nothing), rank) for update, rank in zip(updates, ranks, strict=True)]
+        weights[f"{_PREFIX}{layer}.lora_B.weight"] = torch.cat([part.up for part in parts], dim=1)
+        weights[f"{_PREFIX}{layer}.lora_A.weight"] = torch.cat([part.down for part in parts], dim=0)
+    layers = {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in weights}
+    config = LoraConfig(r=sum(ranks), lora_alpha=sum(ranks), target_modules=_targets(layers, decoder), bias="none")
+    return config, weights
+
+
+def _widened(part: LowRank, rank: int) -> LowRank:
+    """The same product with ``rank`` columns and rows, the added ones zero."""
+    spare = rank - part.down.shape[0]
+    return LowRank(nn.functional.pad(part.up, (0, spare)), nn.functional.pad(part.down, (0, 0, 0, spare)))
+
+
+def _targets(layers: set[str], decoder: nn.Module) -> list[str]:
+    """The layers by their last name, where every layer so named is meant; else by their whole names."""
+    short = {layer.rsplit(".", 1)[-1] for layer in layers}
+    meant = {
+        name.replace(".base_layer", "")
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and name.replace(".base_layer", "").rsplit(".", 1)[-1] in short
+    }
+    return sorted(short if meant == layers else layers)

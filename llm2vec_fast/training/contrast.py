@@ -1,0 +1,142 @@
+"""What SimCSE and supervised contrastive training share: embeddings of a packed batch, and the loss across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm2vec_fast.bidirectional import decoder_of
+from llm2vec_fast.encoder import LLM2Vec
+from llm2vec_fast.errors import UserError
+from llm2vec_fast.kernels import contrastive_loss
+from llm2vec_fast.kernels.layout import SequenceLayout
+from llm2vec_fast.tokenization import TextTokenizer
+from llm2vec_fast.training.arguments import EmbeddingArguments
+from llm2vec_fast.training.embedding import LOG_SCALE, Embedded, embedding_model
+from llm2vec_fast.training.models import StageModel, load_model
+from llm2vec_fast.training.run import ROWS, StageTrainer
+from llm2vec_fast.training.sampling import NextEpoch, OneSetAtATime
+
+SCALE_FILE = "scale.safetensors"
+IDS, QUERIES = "ids", "queries"  # of a batch: the things its documents are, and how many of its texts are queries
+
+
+class ContrastiveTrainer(StageTrainer):
+    """A batch is a number of queries, then their documents in the same order, then hard negatives, all packed.
+
+    The documents of every rank are negatives for the queries of every rank. The loss that is logged and the gradients
+    are those of one process with all of the batch.
+    """
+
+    args: EmbeddingArguments
+
+    def __init__(self, stage: StageModel, arguments: EmbeddingArguments, sizes: Sequence[int], **kwargs: Any) -> None:
+        """``sizes`` are the rows of each data set in ``train_dataset``; the rest goes to transformers' Trainer.
+
+        Raises:
+            UserError: no data set fills a batch.
+        """
+        batch = arguments.train_batch_size * arguments.world_size
+        self._sampler = OneSetAtATime(sizes, batch, arguments.data_seed or arguments.seed)
+        if not len(self._sampler):
+            raise UserError(
+                f"a batch takes {batch:,} rows and the largest training file has {max(sizes):,}: give more, or a "
+                "smaller per_device_train_batch_size"
+            )
+        told = [x for x in (self._sampler, kwargs["train_dataset"]) if hasattr(x, "epoch")]
+        super().__init__(stage.model, arguments, callbacks=[NextEpoch(*told)], **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, None]:
+        """The contrastive loss of a batch, times the number of ranks: of gradients, ranks take the mean."""
+        layout = SequenceLayout.from_lengths(inputs["lengths"])
+        embedded: Embedded = model(input_ids=inputs["input_ids"], layout=layout, skip=inputs["skip"])
+        count = int(inputs[QUERIES])
+        loss = self._loss(embedded, count, inputs[IDS]) * self.args.world_size
+        return (loss, None) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> OneSetAtATime:
+        return self._sampler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        weights = self.model.state_dict() if state_dict is None else state_dict
+        scale = [x.cpu() for name, x in weights.items() if name.endswith(LOG_SCALE)]
+        if scale and self.args.should_save:  # peft keeps the adapter alone
+            save_file({LOG_SCALE: scale[0]}, Path(output_dir or self.args.output_dir, SCALE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint, SCALE_FILE)
+        if path.is_file():
+            decoder_of(self.model if model is None else model).load_state_dict(load_file(path), strict=False)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass; see `StageTrainer`. Returns the loss of all ranks' batch."""
+        return super().training_step(model, inputs, *args, **kwargs) / self.args.world_size
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of an evaluation batch."""
+        inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != ROWS})
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs) / self.args.world_size, None, None
+
+    def _loss(self, embedded: Embedded, count: int, ids: Tensor) -> Tensor:
+        """The mean over the Matryoshka widths by their weights; over the whole width if there are none."""
+        widths = self.args.matryoshka_dims or [embedded.rows.shape[1]]
+        weights = self.args.matryoshka_weights or [1.0] * len(widths)
+        losses = [
+            contrastive_loss(
+                embedded.rows[:count, :width], embedded.rows[count:, :width],
+                scale=self.args.scale if embedded.scale is None else embedded.scale, ids=ids,
+                symmetric=self.args.symmetric, query_negatives=self.args.query_negatives,
+                false_negative_margin=self.args.false_negative_margin,
+                group=dist.group.WORLD if self.args.world_size > 1 else None,
+            )
+            for width in widths
+        ]  # fmt: skip
+        return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+
+
+def load_embedding_model(arguments: EmbeddingArguments) -> tuple[StageModel, TextTokenizer]:
+    """The decoder of a contrastive stage, which returns embeddings, and what makes its batches' tokens.
+
+    Raises:
+        UserError: see `load_model`; or the model is narrower than a Matryoshka width, or has no attention dropout.
+    """
+    stage = load_model(arguments, head=False)
+    encoder = LLM2Vec(
+        stage.model, stage.tokenizer, arguments.pooling_mode, arguments.max_seq_length, arguments.max_seq_length,
+        checkpoint=stage.checkpoint,
+    )  # fmt: skip
+    _require_width(arguments.matryoshka_dims, encoder.dimension)
+    _set_attention_dropout(decoder_of(stage.model), arguments.attention_dropout)
+    scale = arguments.scale if arguments.learn_scale else None
+    embedding_model(stage.model, arguments.pooling_mode, arguments.token_budget, scale)
+    return stage, encoder.text_tokenizer()
+
+
+def _require_width(widths: Sequence[int], dimension: int) -> None:
+    for width in widths:
+        if width > dimension:
+            raise UserError(f"matryoshka_dims has {width} and the model has {dimension} dimensions: give no more")
+
+
+def _set_attention_dropout(decoder: nn.Module, probability: float) -> None:
+    """Of the layers as they are, not of the configuration: what is saved is not for training."""
+    layers = [module for module in decoder.modules() if hasattr(module, "attention_dropout")]
+    if probability and not layers:
+        raise UserError(
+            f"attention_dropout={probability} has no place in {type(decoder).__name__}: give 0 and raise lora_dropout"
+        )
+    for layer in layers:
+        layer.attention_dropout = probability

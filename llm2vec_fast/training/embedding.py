@@ -1,0 +1,90 @@
+"""A decoder whose forward pass returns embeddings, and holds activations for a part of the batch only.
+
+A contrastive loss couples all texts of a batch, but only through their embeddings. So a large batch is embedded in
+pieces, each computed once more when its gradient is due (the idea of GradCache, Gao et al., 2021, arXiv:2101.06983):
+memory is that of a piece and of the embeddings, for one more forward pass. That happens inside the forward method, so
+that whatever wraps the model (DistributedDataParallel, FSDP, DeepSpeed, mixed precision) sees one forward pass and one
+backward pass, and exchanges gradients once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from llm2vec_fast.acceleration.swapping import subclass, swap
+from llm2vec_fast.bidirectional import decoder_of
+from llm2vec_fast.kernels.layout import SequenceLayout
+from llm2vec_fast.kernels.pooling import POOLING_MODES, pool
+
+LOG_SCALE = "log_scale"  # the decoder's parameter
+
+
+class Embedded(NamedTuple):
+    """What `embedding_model` returns: a row (N, d) float32 a text, and the loss's scale where it is learned."""
+
+    rows: Tensor
+    scale: Tensor | None
+
+
+def embedding_model(model: nn.Module, pooling_mode: str, token_budget: int | None, scale: float | None = None) -> None:
+    """Let a model's forward pass take ``input_ids`` (1, T), ``layout`` and perhaps ``skip``, and return `Embedded`.
+
+    Args:
+        model: a bidirectional decoder, bare or in a peft model; changed in place.
+        pooling_mode: as in `kernels.pool`.
+        token_budget: tokens whose activations are held at once; None for all. A longer text runs alone.
+        scale: where the loss's scale starts if it is learned: its logarithm becomes a parameter of the decoder.
+    """
+    decoder = decoder_of(model)
+    if scale is not None:
+        decoder.register_parameter(LOG_SCALE, nn.Parameter(torch.tensor(float(scale)).log().to(decoder.device)))
+    swap(decoder, _embedding(type(decoder)), _pooling_mode=pooling_mode, _token_budget=token_budget)
+
+
+@cache
+def _embedding(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    def forward(
+        self: PreTrainedModel,
+        input_ids: Tensor,
+        layout: SequenceLayout,
+        position_ids: Tensor,
+        skip: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Embedded:
+        def embed(piece: SequenceLayout, ids: Tensor, positions: Tensor, skip: Tensor | None) -> Tensor:
+            output = stock.forward(self, input_ids=ids, position_ids=positions, layout=piece, use_cache=False)
+            first = POOLING_MODES[self._pooling_mode] == "first"
+            return pool(output.last_hidden_state[0], piece, self._pooling_mode, None if first else skip)
+
+        pieces = list(_pieces(layout, self._token_budget))
+        rows = []
+        for piece, texts, tokens in pieces:
+            given = piece, input_ids[:, tokens], position_ids[:, tokens], None if skip is None else skip[texts]
+            alone = len(pieces) == 1
+            rows.append(embed(*given) if alone else checkpoint(embed, *given, use_reentrant=False))
+        log_scale = getattr(self, LOG_SCALE, None)
+        return Embedded(torch.cat(rows), None if log_scale is None else log_scale.exp())
+
+    return subclass(stock, forward, _embedding)
+
+
+def _pieces(layout: SequenceLayout, budget: int | None) -> Iterator[tuple[SequenceLayout, slice, slice]]:
+    """The sequences cut, in order, into packed batches of at most ``budget`` tokens; which texts and rows they are."""
+    if budget is None or layout.total <= budget:
+        yield layout, slice(0, len(layout)), slice(0, layout.total)
+        return
+    lengths = layout.lengths.tolist()
+    first, start, held = 0, 0, 0
+    for text, length in enumerate([*lengths, budget + 1]):
+        if text > first and held + length > budget:
+            piece = SequenceLayout.from_lengths(lengths[first:text], layout.device)
+            yield piece, slice(first, text), slice(start, start + held)
+            first, start, held = text, start + held, 0
+        held += length

@@ -1,0 +1,101 @@
+"""The model that a stage trains: a decoder that attends both ways, with what earlier stages learned, and an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from llm2vec_fast.acceleration import accelerate
+from llm2vec_fast.bidirectional import make_bidirectional
+from llm2vec_fast.loading import base_of, best_device, is_adapter, load, merged, put_on
+from llm2vec_fast.precision import choose_dtype
+from llm2vec_fast.training.adapters import Update, update_of
+from llm2vec_fast.training.arguments import StageArguments
+
+
+@dataclass
+class StageModel:
+    """What is trained.
+
+    Attributes:
+        model: a transformers model, inside a peft model unless all weights are trained.
+        tokenizer: the decoder's.
+        checkpoint: the name the decoder was published under.
+        merged: what the adapters of earlier stages added to the weights, in order.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: str
+    merged: list[Update] = field(default_factory=list)
+
+
+def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
+    """The decoder of a stage, attending both ways, its weights frozen under an adapter, on the fused operations.
+
+    Args:
+        arguments: which model, which adapters, and what the new one is like.
+        head: with the output layer.
+
+    Raises:
+        ModelLoadError: the model or an adapter is missing, damaged, or made for another base.
+        UserError: an adapter is of a kind that cannot be joined with a new one.
+    """
+    set_seed(arguments.seed)  # the adapter's first weights are random
+    dtype = choose_dtype(arguments.model_dtype, best_device() if not arguments.use_cpu else torch.device("cpu")).dtype
+    base, adapters = _resolved(str(arguments.model_name_or_path), arguments.peft_model_name_or_path)
+    # 16-bit weights are too coarse to be trained themselves.
+    loaded = load(base, merge=True, dtype=dtype if arguments.lora_r else torch.float32, head=head)
+    model, updates = loaded.model, []
+    continued = adapters.pop() if arguments.continue_adapter else None
+    for adapter in adapters:
+        wrapped = put_on(model, adapter)
+        if arguments.lora_r:
+            updates.append(update_of(wrapped, adapter))
+        model = merged(wrapped)
+    model = make_bidirectional(model)
+    if continued is not None:
+        model = _trained_on(model, continued, arguments.lora_dropout)
+    elif arguments.lora_r:
+        model = get_peft_model(model, lora_config(arguments))
+    if arguments.lora_r and arguments.gradient_checkpointing:
+        model.enable_input_require_grads()
+    accelerate(model)
+    return StageModel(model, loaded.tokenizer, loaded.checkpoint, updates)
+
+
+def lora_config(arguments: StageArguments) -> LoraConfig:
+    """The adapter of a stage; peft keeps its weights in float32 on a 16-bit base."""
+    return LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha or 2 * arguments.lora_r,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_target_modules,
+        bias="none",
+    )
+
+
+def _resolved(base: str, adapters: list[str]) -> tuple[str, list[str]]:
+    """Where an adapter was given as the base: the model below, and that adapter as the first of all."""
+    adapters = list(adapters)
+    while is_adapter(base):
+        adapters.insert(0, base)
+        base = base_of(base)
+    return base, adapters
+
+
+def _trained_on(model: nn.Module, adapter: str, dropout: float) -> PeftModel:
+    """The model under an adapter of its own, as far as that was trained."""
+    frozen = put_on(model, adapter)
+    update_of(frozen, adapter)  # refuses what is not plain LoRA
+    config, weights = frozen.active_peft_config, get_peft_model_state_dict(frozen)
+    bare = frozen.unload()
+    bare.__dict__.pop("peft_config", None)
+    config.inference_mode, config.lora_dropout = False, dropout
+    trained = get_peft_model(bare, config)
+    set_peft_model_state_dict(trained, weights)
+    return trained

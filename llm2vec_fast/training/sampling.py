@@ -1,0 +1,53 @@
+"""In which order texts come: batches of one data set at a time, the same in every process and after every restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+
+class OneSetAtATime(torch.utils.data.Sampler[int]):
+    """Numbers of rows, such that every batch, of all ranks together, holds rows of one data set.
+
+    Each epoch shuffles the rows of every set, cuts them into batches, and shuffles the batches of all sets. Rows that
+    do not fill a batch are left out, other ones in every epoch. The order follows from the seed and the epoch alone.
+
+    Args:
+        sizes: rows of each data set, which are numbered one set after the other.
+        batch: rows of a batch of all ranks.
+        seed: decides the order.
+
+    Attributes:
+        epoch: which epoch it is, from 0.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch: int, seed: int) -> None:
+        self._sizes, self._batch, self._seed, self.epoch = list(sizes), batch, seed, 0
+
+    def __len__(self) -> int:
+        return sum(size // self._batch for size in self._sizes) * self._batch
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self._seed, self.epoch])
+        first, batches = 0, [np.empty((0, self._batch), np.int64)]
+        for size in self._sizes:
+            whole = size // self._batch
+            rows = first + rng.permutation(size)[: whole * self._batch]
+            batches.append(rows.reshape(whole, self._batch))
+            first += size
+        yield from rng.permutation(np.concatenate(batches)).flatten().tolist()
+
+
+class NextEpoch(TrainerCallback):
+    """Tells samplers and data which epoch it is, by their attribute ``epoch``."""
+
+    def __init__(self, *told: Any) -> None:
+        self._told = told
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for each in self._told:
+            each.epoch = int(state.epoch or 0)

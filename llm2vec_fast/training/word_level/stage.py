@@ -1,0 +1,151 @@
+"""The word-level stage of LLM2Vec (arXiv:2404.05961, section 3): linear probes on frozen outputs.
+
+The encoder is frozen, so its outputs are computed once, and not in every epoch; what is trained is the head alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from llm2vec_fast.encoder import LLM2Vec
+from llm2vec_fast.errors import UserError
+from llm2vec_fast.training.checkpoints import last_checkpoint
+from llm2vec_fast.training.config import write_arguments
+
+from .arguments import WordLevelArguments
+from .classifier import Head, save_head
+from .features import word_features
+from .scores import word_scores
+from .sentences import Sentence, read_sentences
+
+_FEATURES = "features"  # a folder in the output folder while a run is under way
+
+
+def train_word_level(arguments: WordLevelArguments) -> TrainOutput:
+    """Train a head and write it into ``output_dir``, with its scores; `WordClassifier` loads it.
+
+    An interrupted run goes on from its last checkpoint in ``output_dir``.
+
+    Raises:
+        UserError: the encoder, the sentences or the settings do not allow it; the message says what to do.
+    """
+    files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
+    sentences = {
+        name: read_sentences(some, arguments.word_column, arguments.label_column) for name, some in files.items() if some
+    }
+    labels = sorted({label for sentence in sentences["train"] for label in sentence.labels})
+    words, encoder = _labelled_words(arguments, sentences, labels)
+    set_seed(arguments.seed)  # the head's first weights are random
+    trainer = WordLevelTrainer(
+        Head(words["train"].dimension, len(labels), arguments.classifier_dropout),
+        arguments,
+        train_dataset=words["train"],
+        eval_dataset=words.get("validation"),
+        data_collator=_collate,
+    )
+    folder = Path(arguments.output_dir)
+    if trainer.is_world_process_zero():
+        write_arguments(arguments, folder)
+    result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint or last_checkpoint(folder))
+    trainer.save_metrics("train", result.metrics)
+    for name in ("validation", "test"):
+        if name in words:
+            trainer.save_metrics(name, trainer.scores(words[name], sentences[name], labels, name))
+    if trainer.is_world_process_zero():
+        head = trainer.accelerator.unwrap_model(trainer.model)
+        save_head(head, labels, arguments.retroactive_labels, encoder, folder)
+        shutil.rmtree(folder / _FEATURES, ignore_errors=True)
+    return result
+
+
+class Words(torch.utils.data.Dataset):
+    """Rows of features with the number of their label; those without features, cut from long sentences, left out."""
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
+        self._features, self._labels = features, labels
+        self.kept = np.flatnonzero(~np.isnan(features[:, 0]))
+        self.dimension = features.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        rows = self.kept[np.asarray(indices)]
+        features = torch.from_numpy(self._features[rows].astype(np.float32))
+        return {"features": features, "labels": torch.from_numpy(self._labels[rows])}
+
+
+class WordLevelTrainer(Trainer):
+    """Cross-entropy, every word of all ranks' batch counting the same; labels that training never saw are ignored."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the words; of gradients ranks take the mean, so each counts for all."""
+        scores = model(inputs["features"])
+        total = F.cross_entropy(scores, inputs["labels"], reduction="sum")
+        count = len(scores) if num_items_in_batch is None else num_items_in_batch
+        loss = total / count * (1 if num_items_in_batch is None else self.args.world_size)
+        return (loss, {"logits": scores}) if return_outputs else loss
+
+    def scores(self, words: Words, sentences: Sequence[Sentence], labels: Sequence[str], name: str) -> dict[str, float]:
+        """Accuracy and, of entities, F1; words that were cut off count as wrong."""
+        prediction: EvalPrediction = self.predict(words, metric_key_prefix=name)
+        best = np.full(sum(len(sentence.words) for sentence in sentences), -1)
+        best[words.kept] = prediction.predictions.argmax(1)
+        names = np.array([*labels, "O"], dtype=object)[best]
+        ends = np.cumsum([len(sentence.words) for sentence in sentences])[:-1]
+        found = word_scores([list(part) for part in np.split(names, ends)], [s.labels for s in sentences])
+        metrics = {f"{name}_{key}": value for key, value in found.items()}
+        metrics[f"{name}_words_cut"] = len(best) - len(words)
+        self.log(metrics)
+        return metrics
+
+
+def _labelled_words(
+    arguments: WordLevelArguments, sentences: dict[str, list[Sentence]], labels: Sequence[str]
+) -> tuple[dict[str, Words], dict[str, Any]]:
+    """The words of each set, and what loads their encoder, which is gone when this returns."""
+    given = {
+        "base_model_name_or_path": arguments.model_name_or_path,
+        "peft_model_name_or_path": arguments.peft_model_name_or_path,
+        "enable_bidirectional": arguments.enable_bidirectional,
+        "max_length": arguments.max_seq_length,
+        "doc_max_length": arguments.max_seq_length,
+        "merge_peft": True,
+    }
+    number = {label: index for index, label in enumerate(labels)}
+    folder = Path(arguments.output_dir) / _FEATURES
+    words = {}
+    with arguments.main_process_first(desc="embedding the words"):  # the others read what it has put on disk
+        encoder = LLM2Vec.from_pretrained(
+            **given, dtype=arguments.model_dtype, token_budget=arguments.token_budget,
+            device="cpu" if arguments.use_cpu else None,
+        )  # fmt: skip
+        for name, some in sentences.items():
+            found = word_features(
+                encoder, [s.words for s in some], arguments.retroactive_labels, folder / f"{name}.npy"
+            )
+            known = [number.get(label, -100) for sentence in some for label in sentence.labels]
+            words[name] = Words(found, np.array(known, dtype=np.int64))
+    if not len(words["train"]):
+        raise UserError(f"no word is within max_seq_length={arguments.max_seq_length}: give more")
+    return words, given
+
+
+def _collate(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    return rows

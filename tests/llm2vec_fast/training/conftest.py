@@ -1,0 +1,81 @@
+"""Small corpora, and the command line in processes of its own, for tests of the stages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference_data import FOLDER
+
+TEXT = "the cat sat on a mat while rain fell over old stone walls near our quiet river"
+
+
+@pytest.fixture
+def sentences() -> list[str]:
+    """60 texts of 3 to 13 words, no two alike."""
+    rng, words = np.random.default_rng(0), TEXT.split()
+    return [" ".join(rng.choice(words, rng.integers(3, 14))) + f" {i}" for i in range(60)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, sentences: list[str]) -> str:
+    """The file that holds them, one a line."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(sentences) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def settings(corpus: str, tmp_path: Path) -> Callable[..., dict[str, object]]:
+    """Arguments of a short run on a tiny model: what a test changes, and the rest."""
+
+    def settings(output: str = "out", **changes: object) -> dict[str, object]:
+        return {
+            "model_name_or_path": str(FOLDER / "llama"),
+            "train_file": [corpus],
+            "output_dir": str(tmp_path / output),
+            "max_seq_length": 24,
+            "max_steps": 4,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "model_dtype": "float32",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "report_to": "none",
+            **changes,
+        }
+
+    return settings
+
+
+@pytest.fixture
+def launch() -> Callable[..., subprocess.Popen[str]]:
+    """Start `llm2vec-fast train STAGE --key=value …` in so many processes; lists are given as several values."""
+
+    def launch(stage: str, options: dict[str, object], processes: int = 1) -> subprocess.Popen[str]:
+        words = []
+        for name, value in options.items():
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        start = [sys.executable, *(several if processes > 1 else []), "-m", "llm2vec_fast", "train", stage, *words]
+        return subprocess.Popen(start, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stderr=subprocess.PIPE)
+
+    return launch
+
+
+@pytest.fixture
+def finished() -> Callable[[subprocess.Popen[str]], None]:
+    """Wait for a process that ought to end well."""
+
+    def finished(process: subprocess.Popen[str]) -> None:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+
+    return finished
