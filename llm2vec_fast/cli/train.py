@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,15 @@ class Stage(str, Enum):
     mntp = "mntp"
     simcse = "simcse"
     contrastive = "contrastive"
+    word_level = "word-level"
 
+
+_HOMES = {
+    Stage.mntp: ("mntp", "MntpArguments", "train_mntp"),
+    Stage.simcse: ("simcse", "SimcseArguments", "train_simcse"),
+    Stage.contrastive: ("contrastive", "ContrastiveArguments", "train_contrastive"),
+    Stage.word_level: ("word_level", "WordLevelArguments", "train_word_level"),
+}
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -32,7 +41,7 @@ def train(
         Stage,
         typer.Argument(
             help="mntp: masked next-token prediction. simcse: a text finds itself under dropout. contrastive: a query "
-            "finds its document."
+            "finds its document. word-level: a linear head on a frozen encoder."
         ),
     ],
     config: Annotated[
@@ -76,34 +85,21 @@ def train(
 
 def _stage(stage: Stage) -> tuple[type[StageArguments], Callable[[Any], Any]]:
     """A stage's arguments and what runs it; importing a stage takes seconds."""
-    from llm2vec_fast.training import arguments
-
-    if stage is Stage.mntp:
-        from llm2vec_fast.training.mntp import train_mntp
-
-        return arguments.MntpArguments, train_mntp
-    if stage is Stage.simcse:
-        from llm2vec_fast.training.simcse import train_simcse
-
-        return arguments.SimcseArguments, train_simcse
-    from llm2vec_fast.training.contrastive import train_contrastive
-
-    return arguments.ContrastiveArguments, train_contrastive
+    place, arguments, function = _HOMES[stage]
+    module = import_module(f"llm2vec_fast.training.{place}")
+    return getattr(module, arguments), getattr(module, function)
 
 
 def _print_options(kind: type[StageArguments]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
     from rich.text import Text
 
     from llm2vec_fast.training.config import own_options, ready_configs
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("setting", "default", "what it is"):
-        table.add_column(name, overflow="fold")
-    for name, default, text in own_options(kind):
-        table.add_row(Text(f"--{name}", style="bold"), Text(default), Text(text))
     console = Console()
-    console.print(table)
-    console.print(Text(f"\nReady configurations: {', '.join(ready_configs(kind.STAGE)) or 'none'}."))
-    console.print(Text("Beside these, every setting of transformers' TrainingArguments."))
+    for name, default, text in own_options(kind):
+        console.print(Text.assemble((f"--{name}", "bold"), f" {default}"))
+        console.print(Padding(Text(text), (0, 0, 0, 4)))
+    ready = ", ".join(ready_configs(kind.STAGE)) or "none"
+    console.print(Text(f"\nReady configurations: {ready}.\nBeside these, all of transformers' TrainingArguments."))

@@ -42,7 +42,6 @@ class StageArguments(TrainingArguments):
         default_factory=list, metadata={"help": "Texts to train on: txt (one a line), jsonl, csv or parquet files."}
     )
     validation_file: list[str] = field(default_factory=list, metadata={"help": "Texts to evaluate on."})
-    text_column: str = field(default="text", metadata={"help": "The column with the text in jsonl, csv and parquet."})
     max_seq_length: int = field(default=512, metadata={"help": "Tokens of a sequence; what is beyond is cut."})
     model_dtype: str = field(
         default="auto",
@@ -94,6 +93,7 @@ class MntpArguments(StageArguments):
 
     STAGE: ClassVar[str] = "mntp"
 
+    text_column: str = field(default="text", metadata={"help": "The column with the text in jsonl, csv and parquet."})
     mlm_probability: float = field(default=0.2, metadata={"help": "Share of the tokens that is hidden."})
     data_collator_type: str = field(
         default="default",
@@ -191,6 +191,7 @@ class SimcseArguments(EmbeddingArguments):
 
     STAGE: ClassVar[str] = "simcse"
 
+    text_column: str = field(default="text", metadata={"help": "The column with the text in jsonl, csv and parquet."})
     attention_dropout: float = field(default=0.3, metadata={"help": "Share of the attention weights dropped."})
     max_seq_length: int = field(default=128, metadata={"help": "Tokens of a text; what is beyond is cut."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Texts of a step; each is there twice."})

@@ -53,14 +53,12 @@ def ready_configs(stage: str) -> dict[str, Path]:
 
 
 def own_options(kind: type[StageArguments]) -> list[tuple[str, str, str]]:
-    """A stage's settings that transformers has not, or has with another default: name, default, and what it is."""
+    """A stage's settings that transformers has not, then those with another default: name, default, what it is."""
     stock = {item.name: item for item in dataclasses.fields(TrainingArguments)}
-    found = []
-    for item in dataclasses.fields(kind):
-        default = _default_of(item)
-        if item.init and (item.name not in stock or default != _default_of(stock[item.name])):
-            found.append((item.name, str(default), item.metadata.get("help", "")))
-    return found
+    items = [item for item in dataclasses.fields(kind) if item.init]
+    own = [item for item in items if item.name not in stock]
+    changed = [item for item in items if item.name in stock and _default_of(item) != _default_of(stock[item.name])]
+    return [(item.name, _shown(_default_of(item)), item.metadata.get("help", "")) for item in [*own, *changed]]
 
 
 def write_arguments(arguments: StageArguments, folder: Path) -> None:
@@ -78,6 +76,10 @@ def write_arguments(arguments: StageArguments, folder: Path) -> None:
 
 def _default_of(item: dataclasses.Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+
+
+def _shown(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
 
 
 class _Parser(HfArgumentParser):

@@ -1,0 +1,312 @@
+"""Supervised contrastive training: the original's loss, what counts as a negative, the order of data sets, restarts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numerics import assert_error_within
+from reference_data import FOLDER, TEXTS, arrays, assert_matches
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy, normalize
+
+from llm2vec_fast.errors import UserError
+from llm2vec_fast.training.arguments import ContrastiveArguments
+from llm2vec_fast.training.checkpoints import last_checkpoint
+from llm2vec_fast.training.contrast import ContrastiveTrainer, load_embedding_model
+from llm2vec_fast.training.contrastive import PairCollator, train_contrastive
+from llm2vec_fast.training.embedding import Embedded
+from llm2vec_fast.training.pairs import Pairs, same_things
+from llm2vec_fast.training.sampling import OneSetAtATime
+
+Settings = Callable[..., dict[str, object]]
+# What the original's loss gives for the queries, documents and hard negatives described in the test: see tests/data.
+ORIGINAL_LOSSES = {
+    ("llama", 20): 12.555013656616211,
+    ("llama", 50): 31.383310317993164,
+    ("mistral", 20): 10.929780960083008,
+    ("mistral", 50): 27.28106117248535,
+}
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, sentences: list[str]) -> str:
+    """30 pairs with a hard negative each, of different words."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"query": sentences[i], "positive": sentences[i + 30], "negative": f"{sentences[i]} stone"} for i in range(30)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def given(settings: Settings, pairs: str) -> Settings:
+    """Arguments of a short run on these pairs."""
+    return lambda output="out", **changes: settings(output, **{"train_file": [pairs], "warmup_steps": 0, **changes})
+
+
+def written(path: Path, *rows: dict[str, object]) -> str:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(("architecture", "scale"), ORIGINAL_LOSSES)
+def test_the_loss_is_the_originals(given: Settings, architecture: str, scale: int) -> None:
+    """Queries with an instruction, documents without, and the queries in reverse as hard negatives."""
+    found, count = arrays(architecture), len(TEXTS)
+    query, positive = (torch.from_numpy(found[f"emb|{kind}|mean|skip1"]) for kind in ("instr", "plain"))
+    arguments = ContrastiveArguments(**given(scale=float(scale), per_device_train_batch_size=2))
+    stage, _ = load_embedding_model(arguments)
+    trainer = ContrastiveTrainer(stage, arguments, [count], train_dataset=TEXTS)
+    rows = torch.cat([query, positive, query.flip(0)])
+    loss = trainer._loss(Embedded(rows, None), count, torch.arange(2 * count))
+    assert_matches(loss.numpy(), np.float32(ORIGINAL_LOSSES[architecture, scale]))
+
+
+def test_a_batch_holds_queries_documents_and_negatives(given: Settings, tmp_path: Path) -> None:
+    """Instructions are read and not pooled: the batch's embeddings are those of the encoder."""
+    from llm2vec_fast import LLM2Vec
+
+    file = written(
+        tmp_path / "rows.parquet",
+        {"query": "a cat", "positive": "the cat sat", "negative": ["rain fell", "a wall", "a river"]},
+        {"query": "a wall", "positive": "old stone walls", "negative": []},
+    )
+    arguments = ContrastiveArguments(
+        **given(train_file=[file], negatives=2, query_instruction="find it:", per_device_train_batch_size=2)
+    )
+    data = Pairs([file], arguments)
+    stage, tokenizer = load_embedding_model(arguments)
+    batch = PairCollator(tokenizer)([data[0], data[1]])
+    assert batch["queries"] == 2
+    assert len(batch["lengths"]) == 2 + 2 + 2
+    assert len(batch["ids"]) == 4
+    stage.model.eval()
+    trainer = ContrastiveTrainer(stage, arguments, [2], train_dataset=data)
+    trainer._loss = lambda embedded, count, ids: embedded.rows  # what the loss is of
+    with torch.no_grad():
+        rows = trainer.compute_loss(stage.model, batch)
+    negatives = [text for _, text in data[0]["negatives"]]
+    encoder = LLM2Vec.from_pretrained(FOLDER / "llama", dtype="float32", device="cpu")
+    texts = [["find it:", "a cat"], ["find it:", "a wall"], *[["", t] for t in ("the cat sat", "old stone walls")]]
+    assert_matches(rows.numpy(), encoder.encode([*texts, *[["", t] for t in negatives]], convert_to_numpy=True))
+
+
+def test_draws_follow_from_the_epoch_and_the_row(given: Settings, tmp_path: Path) -> None:
+    rows = [{"q": f"q {i}", "d": [f"d {i} {j}" for j in range(4)], "n": [f"n {j}" for j in range(9)]} for i in range(6)]
+    columns = {"query_column": "q", "positive_column": "d", "negative_columns": "n", "negatives": 3}
+    file = written(tmp_path / "rows.jsonl", *rows)
+    arguments = ContrastiveArguments(**given(train_file=[file], **columns))
+    one, other = Pairs([file], arguments), Pairs([file], arguments)
+    other.epoch = 1
+    assert [one[i] for i in range(6)] == [one[i] for i in range(6)]
+    assert [one[i]["positive"] for i in range(6)] != [other[i]["positive"] for i in range(6)]
+    for i in range(6):
+        texts = [text for _, text in one[i]["negatives"]]
+        assert len(set(texts)) == 3
+        assert one[i]["positive"][1] in rows[i]["d"]
+
+
+def test_what_is_the_same_thing() -> None:
+    things = same_things(
+        ["a", "a", "b", "c", "d", "e"],
+        [["1"], ["2"], ["2", "3"], ["4"], ["5"], ["6"]],
+        [None, None, None, "x", "x", "y"],
+    )
+    names = [things.of_row(i) for i in range(6)]
+    assert names[0] == names[1] == names[2] == things.of_text("3") == things.of_text(" 1 ")
+    assert names[3] == names[4]
+    assert len({names[0], names[3], names[5], things.of_text("unheard of")}) == 4
+
+
+def test_the_same_thing_is_never_a_negative(given: Settings, tmp_path: Path) -> None:
+    """Two rows of one query, and a hard negative that is another row's document: only the last query has negatives."""
+    file = written(
+        tmp_path / "rows.jsonl",
+        {"query": "a cat", "positive": "the cat sat", "negative": "the  cat sat"},
+        {"query": "a cat", "positive": "a cat on a mat", "negative": "the cat sat"},
+    )
+    arguments = ContrastiveArguments(**given(train_file=[file], per_device_train_batch_size=2))
+    data = Pairs([file], arguments)
+    stage, tokenizer = load_embedding_model(arguments)
+    trainer = ContrastiveTrainer(stage, arguments, [2], train_dataset=data)
+    loss = trainer.compute_loss(stage.model, PairCollator(tokenizer)([data[0], data[1]]))
+    assert float(loss.detach()) == 0.0
+
+
+def test_matryoshka_widths_count_by_their_weights(given: Settings) -> None:
+    widths, weights = [8, 16, 64], [1.0, 2.0, 5.0]
+    arguments = ContrastiveArguments(**given(matryoshka_dims=widths, matryoshka_weights=weights, scale=5.0))
+    stage, _ = load_embedding_model(arguments)
+    trainer = ContrastiveTrainer(stage, arguments, [30], train_dataset=TEXTS)
+    rows = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
+    loss = trainer._loss(Embedded(rows, None), 4, torch.arange(8))
+
+    def plain(rows: torch.Tensor) -> torch.Tensor:
+        losses = []
+        for width in widths:
+            part = normalize(rows[:, :width], dim=-1)
+            losses.append(cross_entropy(5.0 * part[:4] @ part[4:].T, torch.arange(4)))
+        return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+
+    assert_error_within(loss, plain(rows), plain(rows.double()), name="loss")
+
+
+def test_every_batch_is_of_one_data_set() -> None:
+    sampler = OneSetAtATime([10, 25, 3], batch=4, seed=1)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 4 * (2 + 6 + 0)
+    assert len(set(order)) == len(order)
+    ends = np.cumsum([10, 25, 3])
+    sets = np.searchsorted(ends, order, side="right").reshape(-1, 4)
+    assert (sets == sets[:, :1]).all()
+    assert len(set(sets[:, 0])) == 2
+    assert np.abs(np.diff(sets[:, 0])).sum() > 1  # batches of the two sets are mixed
+    assert order == list(sampler)
+    sampler.epoch = 1
+    assert order != list(sampler)
+
+
+def test_the_scale_is_learned_and_kept(given: Settings, tmp_path: Path) -> None:
+    """Interrupted after two of four steps: the scale goes on where it was, and the encoder loads without it."""
+    changes = {"learn_scale": True, "scale": 20.0, "lora_dropout": 0.0}
+    for output in ("whole", "cut"):
+        train_contrastive(ContrastiveArguments(**given(output, **changes)))
+    cut = tmp_path / "cut"
+    for path in sorted(cut.rglob("checkpoint-4/**/*"), reverse=True):
+        path.unlink()
+    (cut / "adapter_model.safetensors").unlink()
+    train_contrastive(ContrastiveArguments(**given("cut", **changes)))
+    whole, again = (load_file(tmp_path / x / "checkpoint-4" / "scale.safetensors") for x in ("whole", "cut"))
+    assert whole.keys() == {"log_scale"}
+    assert torch.equal(whole["log_scale"], again["log_scale"])
+    assert float(whole["log_scale"].exp()) != pytest.approx(20.0, abs=1e-3)
+    one, other = (load_file(tmp_path / x / "adapter_model.safetensors") for x in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_all_weights_can_be_trained(given: Settings, tmp_path: Path) -> None:
+    from llm2vec_fast import LLM2Vec
+
+    train_contrastive(ContrastiveArguments(**given(lora_r=0, learn_scale=True, max_steps=1, save_strategy="no")))
+    encoder = LLM2Vec.from_pretrained(tmp_path / "out", dtype="float32", device="cpu")
+    before = LLM2Vec.from_pretrained(FOLDER / "llama", dtype="float32", device="cpu")
+    assert (encoder.encode("a cat") - before.encode("a cat")).abs().max() > 1e-3
+    assert "log_scale" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_two_processes_train_as_one_on_the_joined_batch(given: Settings, launch, finished, tmp_path: Path) -> None:
+    options = {"lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1.0, "max_steps": 3, "save_strategy": "no"}
+    options |= {"scale": 5.0, "learn_scale": True, "matryoshka_dims": [16, 64]}
+    finished(launch("contrastive", given("one", **options)))
+    # The first process embeds in pieces where the other does not have to: texts differ in length.
+    two = {**options, "per_device_train_batch_size": 4, "token_budget": 100}
+    finished(launch("contrastive", given("two", **two), processes=2))
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert max(float(one[name].abs().max()) for name in one if "lora_B" in name) > 1e-3  # they start at zero
+    for name in one:
+        assert_matches(two[name].numpy(), one[name].numpy())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the processes that `launch` starts: the order of sums, and so the last bits, depend on the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_run_goes_on_to_the_same_weights(given: Settings, launch, tmp_path: Path) -> None:
+    """kill -9 in the middle; attention and adapter dropout, the order of rows and what is drawn all go on."""
+    options = {"max_steps": 12, "attention_dropout": 0.3, "save_steps": 3, "negatives": 1}
+    train_contrastive(ContrastiveArguments(**given("whole", **options)))
+    process = launch("contrastive", given("cut", **options))
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "cut" / "checkpoint-3" / "trainer_state.json").exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    train_contrastive(ContrastiveArguments(**given("cut", **options)))
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    losses = [
+        [line["loss"] for line in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][:-1]]
+        for name in ("whole", "cut")
+    ]
+    assert len(losses[0]) == 12
+    assert losses[0] == losses[1]
+
+
+def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
+    given: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(trainer: ContrastiveTrainer, folder: str) -> None:
+        if folder.endswith("checkpoint-4"):
+            Path(folder, "optimizer.pt").write_bytes(b"a part of it")
+            raise OSError(28, "No space left on device")
+        write(trainer, folder)
+
+    write = ContrastiveTrainer._save_optimizer_and_scheduler
+    with monkeypatch.context() as patch:
+        patch.setattr(ContrastiveTrainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(
+            UserError,
+            match=r"the checkpoint .*checkpoint-4 cannot be written: No space left on device; make room, and the same "
+            "command goes on from checkpoint-2",
+        ):
+            train_contrastive(ContrastiveArguments(**given(max_steps=6)))
+    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+    train_contrastive(ContrastiveArguments(**given(max_steps=6)))
+    train_contrastive(ContrastiveArguments(**given("whole", max_steps=6)))
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((2, "{}"), (10, "{}"), (30, '{"global_st'), (40, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        ({"text": "a", "positive": "b"}, {}, r"rows.jsonl has no column 'query': there are text, positive"),
+        ({"query": "a"}, {}, r"has no column 'positive': there are query"),
+        ({"query": "a", "positive": "b"}, {"negative_columns": ["hard"]}, "has no column 'hard'"),
+        ({"query": "a", "positive": "b"}, {"id_column": "name"}, "has no column 'name'"),
+        ({"query": " ", "positive": "b"}, {}, "has no row with a text in 'query' and in 'positive'"),
+        ({"query": "a", "positive": [""]}, {}, "has no row with a text"),
+        ({"query": "a", "positive": "b"}, {"query_instruction": ["x", "y"]}, "query_instruction has 2 values for 1 fi"),
+        ({"query": "a", "positive": "b"}, {}, "a batch takes 8 rows and the largest training file has 1"),
+    ],
+)
+def test_unusable_data_is_refused_in_one_sentence(
+    given: Settings, tmp_path: Path, row: dict, changes: dict, message: str
+) -> None:
+    file = written(tmp_path / "rows.jsonl", row)
+    with pytest.raises(UserError, match=message) as caught:
+        train_contrastive(ContrastiveArguments(**given(train_file=[file], **changes)))
+    assert "\n" not in str(caught.value)
