@@ -12,14 +12,16 @@ from ..dispatch import Choice, choose_for
 from .operator import contrastive_operator
 from .reference import contrastive_reference
 from .rule import BOUNDED_SCALE, Rule
+from .whole import whole_loss
 
 __all__ = ["contrastive_loss"]
 
 _ALL = ("reference", "blocked", "triton")
 _REDUCTIONS = ("mean", "sum", "none")
 _SIMILARITIES = ("cos", "dot")
-# On a CPU "auto" computes the whole matrix at once up to this many entries: see benchmarks/contrastive.py.
-WHOLE_ENTRIES = 2048 * 2048
+# On a CPU "auto" computes the whole matrix at once where it has at most this many bytes of float32, as measured: under
+# the plain rule with three products and a gradient that is written out, under any other by the definition.
+WHOLE_BYTES = {"plain": 32 * 2**20, "other": 160 * 2**10}
 
 
 def contrastive_loss(
@@ -61,8 +63,9 @@ def contrastive_loss(
             may: every rank calls, and runs backward. Documents travel round the ranks, a rank's worth at a time.
             ``positives`` number this rank's own documents; ``ids`` are compared across ranks.
         reduction: "mean" or "sum" over the queries (of all ranks: each returns the same), or "none": (N,), this rank's.
-        backend: "auto", "reference", "blocked" or "triton". On a CPU "auto" computes the whole matrix at once where it
-            is small, which is faster.
+        backend: "auto", "reference", "blocked" or "triton". On a CPU "auto" computes the whole matrix at once where
+            that is faster: up to 32 MiB of float32, or 160 KiB where any of positives, symmetric, query_negatives, ids
+            or false_negative_margin is given.
 
     Returns:
         The loss, float32 (float64 for float64). Across ranks, a rank's gradients are those of the returned loss with
@@ -74,7 +77,8 @@ def contrastive_loss(
             ``positives`` and of a tensor ``scale`` are checked on a CPU only, where nobody has to wait for them.
         BackendUnavailableError: an explicit backend cannot run this call: "reference" knows no ``group``.
 
-    Autocast changes nothing: rows are used in the dtype they have.
+    Autocast changes nothing: rows are used in the dtype they have. Where a CPU multiplies bfloat16, products of such
+    rows round similarities to it, unless there is a margin to compare them with; elsewhere they are float32.
 
     Source: van den Oord et al., 2018 (arXiv:1807.03748); tiles after Inf-CL (Cheng et al., 2024, arXiv:2410.17243);
     query negatives after GTE (arXiv:2308.03281), margin after Qwen3 Embedding (arXiv:2506.05176).
@@ -89,12 +93,15 @@ def contrastive_loss(
     positives = None if positives is None else positives.long()
     missing = ("triton" if queries.dtype == torch.float64 else "", "reference" if group is not None else "")
     implemented = tuple(name for name in _ALL if name not in missing)
-    whole = _whole(queries, documents, query_negatives) if group is None else None
+    plain = positives is None and ids is None and rule.plain
+    whole = _whole(queries, documents, plain, query_negatives) if group is None else None
     choice = choose_for("contrastive_loss", backend, queries, implemented, preferred=whole)
     if group is not None:
         from .group import ring_loss
 
         return ring_loss(queries, documents, scale, positives, ids, rule, choice.backend, group, reduction)
+    if choice is whole and plain:
+        return whole_loss(queries, documents, scale, rule, reduction)
     if choice.backend == "reference":
         if choice is whole:
             queries, documents = queries.to(scale.dtype), documents.to(scale.dtype)
@@ -108,12 +115,18 @@ def contrastive_loss(
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
 
-def _whole(queries: Tensor, documents: Tensor, query_negatives: bool) -> Choice | None:
-    """The choice of "auto" where the matrix is small enough to be computed at once; None elsewhere."""
-    columns = documents.shape[0] + (queries.shape[0] if query_negatives else 0)
-    if queries.device.type != "cpu" or queries.shape[0] * columns > WHOLE_ENTRIES:
+def _whole(queries: Tensor, documents: Tensor, plain: bool, query_negatives: bool) -> Choice | None:
+    """The choice of "auto" where the matrix is small enough to be computed at once; None elsewhere.
+
+    A compiler would have to compile anew where the batch crosses that size: it only ever sees tiles.
+    """
+    if torch.compiler.is_compiling():
         return None
-    return Choice("reference", f"at most {WHOLE_ENTRIES} similarities, which a CPU computes faster at once")
+    columns = documents.shape[0] + (queries.shape[0] if query_negatives else 0)
+    most = WHOLE_BYTES["plain" if plain else "other"]
+    if queries.device.type != "cpu" or 4 * queries.shape[0] * columns > most:
+        return None
+    return Choice("reference", f"at most {most} bytes of similarities, which a CPU computes faster at once")
 
 
 def _scale_tensor(scale: float | Tensor, queries: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Tiles of the matrix of similarities in plain PyTorch: a few mebibytes at a time, made, used and forgotten.
 
-Rows narrower than float32 are widened block by block: products of bfloat16 tensors on a CPU round their result to
-bfloat16, which at a scale of 20 is an error of 0.05 in a logit.
+Rows of bfloat16 are multiplied as such where the processor can, and everything between two products is float32: as
+exact as a product and cross-entropy in bfloat16, and several times as fast as float32. Elsewhere, and where a margin
+compares similarities, which must not be off by a rounding, rows are widened block by block.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rule import LogSum, Side, blocks, row_blocks
+from ..products import multiplies_bfloat16, product
+from .rule import LogSum, Side, blocks, inverse_lengths, row_blocks
 
 # A tile stays in the level-2 caches of two cores while it passes through the softmax.
 TILE_BYTES = 2 * 2**20
-# Queries whose gradient is accumulated at once: the height of a tile.
-PANEL_ROWS = 512
+# Queries whose gradient is accumulated at once: the height of a tile. Documents are normalised once for each panel.
+PANEL_ROWS = 1024
 
 
 def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, bool]:
@@ -23,9 +25,7 @@ def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, bool]:
         return x, None, False
     inverse = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     for block in row_blocks(x):
-        # In float64 no float32 row is too long or too short to be measured.
-        length = torch.linalg.vector_norm(x[block], dim=1, dtype=torch.float64)
-        inverse[block] = torch.where(length > 0, 1 / length, 0).clamp_max(torch.finfo(inverse.dtype).max)
+        inverse[block] = inverse_lengths(x[block].to(inverse.dtype))[:, 0]
     return x, inverse, False
 
 
@@ -35,17 +35,17 @@ def negative_sums(x: Side, y: Side, scale: Tensor, columns: bool, bounded: bool)
     sums, column_sums = [], LogSum.empty(empty, y.count) if columns else None
     for rows in blocks(x.count, PANEL_ROWS):
         part = x.part(rows)
-        b_x = part.unit(slice(None))
+        b_x = _operand(part, y)
         row_sums = LogSum.empty(empty, part.count)
         for block in blocks(y.count, tile_columns(x.accumulator)):
             other = y.part(block)
-            z = (b_x @ other.unit(slice(None)).T).mul_(scale)
+            z = _logits(b_x, _operand(other, x), scale)
             _fill_same(part, other, z, float("-inf"))
             if column_sums is not None:
                 kept = _below(z, other.limit, scale, 0)
-                so_far = LogSum(*(x[block] for x in column_sums)).plus(_log_sum(kept, 0, kept is not z))
+                so_far = LogSum(*(x[block] for x in column_sums)).plus(_log_sum(kept, 0, kept is not z, bounded))
                 column_sums.peak[block], column_sums.rest[block] = so_far
-            row_sums = row_sums.plus(_log_sum(_below(z, part.limit, scale, 1), 1, True))
+            row_sums = row_sums.plus(_log_sum(_below(z, part.limit, scale, 1), 1, True, bounded))
         sums.append(row_sums)
     return LogSum(*(torch.cat(parts) for parts in zip(*sums, strict=True))), column_sums
 
@@ -63,11 +63,11 @@ def add_gradients(
     Rows of x have a softmax over y; where y has weights, so do its rows over x. ``positives`` holds for each row of x
     its positive (a row of y) and the gradient of that entry.
     """
-    b_x = x.unit(slice(None))
+    b_x = _operand(x, y)
     for block in blocks(y.count, tile_columns(x.accumulator)):
         part = y.part(block)
-        b_y = part.unit(slice(None))
-        z = (b_x @ b_y.T).mul_(scale)  # scaled rows would round differently when they stand on the other side
+        b_y = _operand(part, x)
+        z = _logits(b_x, b_y, scale)
         h = _weights(z, x, scale, 1, part.weight is None)
         if part.weight is not None:
             h += _weights(z, part, scale, 0, True)
@@ -76,15 +76,29 @@ def add_gradients(
             columns, gradient = positives
             here = ((columns >= block.start) & (columns < block.stop)).nonzero()[:, 0]
             h[here, columns[here] - block.start] = gradient[here]
+        h = h.to(b_x.dtype)
         if into_x is not None:
-            into_x.addmm_(h, b_y)
+            into_x += product(h, b_y)
         if into_y is not None:
-            into_y[block].addmm_(h.T, b_x)
+            into_y[block] += product(h.T, b_x)
 
 
 def tile_columns(dtype: torch.dtype) -> int:
     """The width of a tile."""
     return TILE_BYTES // (PANEL_ROWS * dtype.itemsize)
+
+
+def _operand(side: Side, other: Side) -> Tensor:
+    """(n, d) rows as a product with those of ``other`` takes them."""
+    plain = side.rows.dtype == torch.bfloat16 and multiplies_bfloat16() and side.limit is None and other.limit is None
+    if plain and side.inverse is None:
+        return side.rows
+    return side.unit(slice(None)).to(side.rows.dtype if plain else side.accumulator)
+
+
+def _logits(b_x: Tensor, b_y: Tensor, scale: Tensor) -> Tensor:
+    """scale · x·yᵀ, in scale's dtype. Scaled rows would round differently when they stand on the other side."""
+    return product(b_x, b_y.T).to(scale.dtype).mul_(scale)
 
 
 def _weights(z: Tensor, side: Side, scale: Tensor, dim: int, last: bool) -> Tensor:
@@ -100,8 +114,11 @@ def _below(z: Tensor, limit: Tensor | None, scale: Tensor, dim: int) -> Tensor:
     return z if limit is None else z.masked_fill(z > (limit * scale).unsqueeze(dim), float("-inf"))
 
 
-def _log_sum(z: Tensor, dim: int, last: bool) -> LogSum:
+def _log_sum(z: Tensor, dim: int, last: bool, bounded: bool) -> LogSum:
     """log Σ e^z along ``dim``, in z's memory if this is its last use."""
+    if bounded:
+        total = (z.exp_() if last else z.exp()).sum(dim)
+        return LogSum(torch.zeros_like(total), total.log_())
     peak = z.amax(dim, keepdim=True).clamp_min_(torch.finfo(z.dtype).min / 2)  # −inf − −inf would be NaN
     shifted = z.sub_(peak) if last else z - peak
     return LogSum(peak.squeeze(dim), shifted.exp_().sum(dim).log_())

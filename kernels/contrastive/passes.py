@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import LogSum, Rule, Side, blocks, row_blocks
+from .rule import LogSum, Rule, Side, blocks, row_blocks, softplus
 
 
 def room_of(backend: str) -> ModuleType:
@@ -99,10 +99,10 @@ def with_limits(problem: Problem, own: Tensor) -> Problem:
 def losses_of(problem: Problem, saved: Saved) -> Tensor:
     """(N,) losses: log(1 + e^x) rather than a difference of logarithms, which a small loss would not survive."""
     z = saved.own * problem.scale
-    losses = _softplus(LogSum(*saved.sums).above(z))
+    losses = softplus(LogSum(*saved.sums).above(z))
     if not problem.rule.symmetric:
         return losses
-    return (losses + _softplus(LogSum(*saved.column_sums[:, problem.positives]).above(z))) / 2
+    return (losses + softplus(LogSum(*saved.column_sums[:, problem.positives]).above(z))) / 2
 
 
 def forward(problem: Problem) -> tuple[Tensor, Saved]:
@@ -219,11 +219,6 @@ def finish(
         if out is not into:
             out[block] = gradient
     return out
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), exact at any x; F.softplus is x itself from 20 on."""
-    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _add_at(count: int, index: Tensor, values: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Rows are normalised, and gradients finished, this many bytes of float32 at a time.
-BLOCK_BYTES = 4 * 2**20
+# Rows are normalised, and gradients finished, this many bytes of float32 at a time: they stay in cache.
+BLOCK_BYTES = 2**20
+# Rows of a length between these have squares that float32 can add up.
+PLAIN_LENGTHS = (1e-15, 1e15)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Rule:
     query_negatives: bool
     margin: float | None
     bounded: bool = False  # |scale| ≤ BOUNDED_SCALE and |similarity| ≤ 1: e^z fits float32 without a running maximum
+
+    @property
+    def plain(self) -> bool:
+        """One direction, and every other document is a negative, but those of the same mark."""
+        return not self.symmetric and not self.query_negatives and self.margin is None
 
 
 # e^60 · 2²⁰ columns and e^−60 both lie well within float32.
@@ -115,4 +123,23 @@ def blocks(count: int, size: int) -> Iterator[slice]:
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
     """The rows of x in slices of BLOCK_BYTES of float32."""
-    return blocks(x.shape[0], max(1, BLOCK_BYTES // (4 * max(1, x.shape[1]))))
+    return blocks(x.shape[0], rows_a_block(x.shape[1]))
+
+
+def rows_a_block(width: int) -> int:
+    """How many rows BLOCK_BYTES of float32 hold."""
+    return max(1, BLOCK_BYTES // (4 * max(1, width)))
+
+
+def inverse_lengths(x: Tensor) -> Tensor:
+    """(n, 1) of x's dtype: 1 / length of each row (n, d) of float32 or float64; 0 for a row of zeros."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    least, most = (float(extreme) for extreme in length.aminmax())
+    if not PLAIN_LENGTHS[0] < least <= most < PLAIN_LENGTHS[1]:
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
+    return length.reciprocal_().to(x.dtype).nan_to_num_(nan=torch.nan, posinf=0.0)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), exact at any x: from 50 on it is x to the last bit of float64 too."""
+    return F.softplus(x, threshold=50.0)

@@ -40,6 +40,7 @@ MANY_TILES = [
 BACKENDS = [
     pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
     for backend, dtypes in {
+        "auto": (torch.float32, torch.bfloat16),  # on a CPU the plain rule's matrix at once
         "blocked": (torch.float32, torch.bfloat16),
         "triton": (torch.float32, torch.float16),  # Triton's interpreter gets bfloat16 products wrong
     }.items()
@@ -72,9 +73,11 @@ def test_losses_and_gradients_are_as_exact_as_pytorch(request, case, backend, dt
 
 
 @pytest.mark.parametrize("case", MANY_TILES, ids=str)
-@pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_many_tiles(small_tiles, case, backend):
-    for name, *results in three_ways(case, torch.float32, backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("blocked", torch.float32), ("blocked", torch.bfloat16), ("triton", torch.float32)]
+)
+def test_many_tiles(small_tiles, case, backend, dtype):
+    for name, *results in three_ways(case, dtype, backend):
         factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
         assert_error_within(*results, factor=factor, name=name)
 
@@ -158,7 +161,7 @@ def test_negatives_above_the_margin_are_left_out(backend):
     torch.testing.assert_close(everything, contrastive_loss(queries, documents, backend="reference"))
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "blocked", "triton"])
 def test_without_a_negative_the_loss_and_its_gradients_are_zero(backend):
     case = Case(3, 3, 8, {"symmetric": True, "query_negatives": True})
     queries, documents = case.inputs(torch.float32)
@@ -166,9 +169,9 @@ def test_without_a_negative_the_loss_and_its_gradients_are_zero(backend):
     assert all(not x.any() for x in (*found[:3], found[3][0]))
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "blocked", "triton"])
 def test_a_row_of_zeros_has_no_gradient_and_breaks_nothing(backend):
-    case = Case(4, 6, 8, {"symmetric": True})
+    case = Case(4, 6, 8, {"symmetric": backend != "auto"})  # the plain rule has a way of its own
     queries, documents = case.inputs(torch.float32)
     queries[1] = documents[2] = documents[5] = 0
     losses, dqueries, ddocuments, dscale = losses_and_gradients(case, queries, documents, backend)
@@ -179,7 +182,7 @@ def test_a_row_of_zeros_has_no_gradient_and_breaks_nothing(backend):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30], ids=str)
-@pytest.mark.parametrize("backend", ["blocked", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "blocked", "triton"])
 def test_cosines_of_huge_and_tiny_rows(backend, size):
     case = Case(20, 33, 16)
     queries, documents = case.inputs(torch.float32)
@@ -187,10 +190,11 @@ def test_cosines_of_huge_and_tiny_rows(backend, size):
     torch.testing.assert_close(contrastive_loss(queries * size, documents / size, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "blocked", "triton"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one-way", "symmetric"])
 def test_logits_of_ten_thousand(backend, symmetric):
-    case = Case(40, 70, 16, {"similarity": "dot", "symmetric": symmetric, "query_negatives": True}, scale=1.0)
+    more = symmetric or backend != "auto"
+    case = Case(40, 70, 16, {"similarity": "dot", "symmetric": symmetric, "query_negatives": more}, scale=1.0)
     queries, documents = case.inputs(torch.float32)
     queries[:, 0], documents[:, 0] = 100, torch.where(documents[:, 0] > 0, 100, -100)
     for name, *results in three_ways(case, torch.float32, backend, (queries, documents)):
@@ -201,7 +205,7 @@ def test_logits_of_ten_thousand(backend, symmetric):
         assert_error_within(*results, factor=factor, name=name)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "blocked", "triton"])
 def test_a_nearly_perfect_batch_keeps_its_small_loss(backend):
     queries = torch.eye(12)
     scale = 30.0
@@ -217,10 +221,10 @@ def test_two_runs_give_the_same_bits(small_tiles, backend):
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "blocked", "triton"])
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 def test_only_what_is_asked_for_has_a_gradient(backend, wanted):
-    case = Case(20, 33, 16, {"query_negatives": True})
+    case = Case(20, 33, 16, {"query_negatives": backend != "auto"})
     queries, documents = case.inputs(torch.float32)
     every = list(losses_and_gradients(case, queries, documents, backend)[1:])
     every[2] = every[2][0]
@@ -235,12 +239,16 @@ def test_only_what_is_asked_for_has_a_gradient(backend, wanted):
         torch.testing.assert_close(x, every[i])
 
 
-def test_reductions():
-    queries, documents = Case(20, 33, 16).inputs(torch.bfloat16)
-    losses = contrastive_loss(queries, documents, reduction="none", backend="blocked")
+@pytest.mark.parametrize("backend", ["auto", "blocked"])
+def test_reductions(backend):
+    tensors = [x.requires_grad_() for x in Case(20, 33, 16).inputs(torch.bfloat16)]
+    losses = contrastive_loss(*tensors, reduction="none", backend=backend)
     assert losses.dtype == torch.float32
-    assert torch.equal(contrastive_loss(queries, documents, backend="blocked"), losses.mean())
-    assert torch.equal(contrastive_loss(queries, documents, reduction="sum", backend="blocked"), losses.sum())
+    for reduction, expected in (("mean", losses.mean()), ("sum", losses.sum())):
+        loss = contrastive_loss(*tensors, reduction=reduction, backend=backend)
+        assert torch.equal(loss, expected)
+        found, of_losses = (torch.autograd.grad(x, tensors, retain_graph=True) for x in (loss, expected))
+        assert all(torch.equal(x, y) for x, y in zip(found, of_losses, strict=True))
 
 
 def test_a_scale_above_the_bound_keeps_a_running_maximum():
@@ -249,6 +257,6 @@ def test_a_scale_above_the_bound_keeps_a_running_maximum():
     documents[:40] = -queries  # every positive lies opposite: cosines of −1 at a scale of 300
     exact = contrastive_loss(queries.double(), documents.double(), scale=300.0, backend="reference")
     for scale in (300.0, torch.tensor(300.0)):
-        for backend in ("blocked", "triton"):
+        for backend in ("auto", "blocked", "triton"):
             loss = contrastive_loss(queries, documents, scale=scale, backend=backend)
             torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)

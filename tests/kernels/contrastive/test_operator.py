@@ -33,7 +33,7 @@ def test_opcheck(backend, symmetric):
 
 
 @pytest.mark.parametrize("rule", [{}, {"symmetric": True, "query_negatives": True}], ids=str)
-@pytest.mark.parametrize("backend", ["blocked", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "blocked", "triton"])
 def test_it_compiles_whole_and_only_once_as_the_batch_changes(backend, rule):
     torch._dynamo.reset()
     counters.clear()
@@ -56,16 +56,22 @@ def test_it_compiles_whole_and_only_once_as_the_batch_changes(backend, rule):
 def test_auto_computes_small_batches_at_once_and_large_ones_in_tiles(monkeypatch):
     queries, documents = Case(20, 30, 8).inputs(torch.bfloat16)
     ways = []
-    for name in ("contrastive_reference", "contrastive_operator"):
+    for name in ("whole_loss", "contrastive_reference", "contrastive_operator"):
         original = getattr(contrastive, name)
         monkeypatch.setattr(contrastive, name, lambda *x, f=original, n=name: ways.append((n, x[0].dtype)) or f(*x))
-    monkeypatch.setattr(contrastive, "WHOLE_ENTRIES", 600)
-    small = contrastive_loss(queries, documents)
-    contrastive_loss(queries, documents, query_negatives=True)
-    monkeypatch.setattr(contrastive, "WHOLE_ENTRIES", 599)
-    torch.testing.assert_close(contrastive_loss(queries, documents), small)
-    # At once, but in float32: bfloat16 logits would be off by a twentieth.
+
+    def run(most, **rule):
+        monkeypatch.setattr(contrastive, "WHOLE_BYTES", most)
+        return contrastive_loss(queries, documents, **rule)
+
+    run({"plain": 4 * 600, "other": 0})
+    run({"plain": 4 * 599, "other": 0})
+    run({"plain": 10**9, "other": 4 * 1000}, query_negatives=True)
+    run({"plain": 10**9, "other": 4 * 999}, query_negatives=True)
+    run({"plain": 10**9, "other": 4 * 599}, ids=torch.arange(30))
     assert ways == [
+        ("whole_loss", torch.bfloat16),
+        ("contrastive_operator", torch.bfloat16),
         ("contrastive_reference", torch.float32),
         ("contrastive_operator", torch.bfloat16),
         ("contrastive_operator", torch.bfloat16),

@@ -1,0 +1,33 @@
+"""Matrix products on a CPU, by whichever of PyTorch's libraries multiplies the dtype fastest."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_BFLOAT16_PROBES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, k) · b (k, m), of any strides; no gradient.
+
+    float32 goes through oneDNN, which uses AVX-512 on every processor that has it, where MKL, PyTorch's own choice, does
+    on Intel's only: measured on 2 Zen 5 cores, 370 GFLOP/s against 180. Autocast changes nothing.
+    """
+    if a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and b.numel() and _onednn_multiplies():
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, which are very slow where they are emulated."""
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in _BFLOAT16_PROBES)
+
+
+@cache
+def _onednn_multiplies() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
