@@ -13,8 +13,8 @@ _BFLOAT16_PROBES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (n, k) · b (k, m), of any strides; no gradient.
 
-    float32 goes through oneDNN, which uses AVX-512 on every processor that has it. MKL, PyTorch's own choice, does so on
-    Intel's only: measured on 2 Zen 5 cores, 370 GFLOP/s against 180. Autocast changes nothing.
+    float32 goes through oneDNN, which uses AVX-512 wherever it is. MKL, PyTorch's own choice, does so on Intel's
+    processors only: measured on 2 Zen 5 cores, 370 GFLOP/s against 180. Autocast changes nothing.
     """
     if a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and b.numel() and _onednn_multiplies():
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
