@@ -25,11 +25,13 @@ REQUIRED = [
 ]
 GGUF = ["gguf>=0.10"]
 TRAIN = ["accelerate>=1.10", "datasets>=4", "pyyaml>=6"]
+EVAL = ["scipy>=1.11", "seqeval>=1.2"]
+REPRODUCE = [*TRAIN, *EVAL, "matplotlib>=3.8", "mwparserfromhell>=0.6.6"]
 BENCH = ["pytest-benchmark>=5", "sentence-transformers>=6.2"]
 # ruff is held to one release series: each series formats a little differently.
 TEST = [
     *GGUF,
-    *TRAIN,
+    *REPRODUCE,
     "hypothesis>=6.100",
     "pytest>=8.4",
     "pytest-benchmark>=5",
@@ -70,6 +72,8 @@ setup(
     extras_require={
         "gguf": GGUF,
         "train": TRAIN,
+        "eval": EVAL,
+        "reproduce": REPRODUCE,
         "flash-attn": ["flash-attn>=2.7; platform_system == 'Linux'"],
         "bench": BENCH,
         "test": TEST,

@@ -97,7 +97,7 @@ def _download(package: Package, into: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"{kind}=:all:"]
         command.append(f"{package.name}=={package.version}")
     try:
-        done = subprocess.run(command, cwd=into, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=into, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise FetchError(f"{package.name} comes from npm, which is not installed: install Node.js") from error
     if done.returncode != 0:

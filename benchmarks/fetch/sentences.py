@@ -1,4 +1,4 @@
-"""100,000 English sentences of many kinds (news, captions, talk, reviews, law, lyrics), from the npm package nlp-corpus."""
+"""100,000 English sentences of many kinds (news, captions, reviews, law, lyrics), from the npm package nlp-corpus."""
 
 from __future__ import annotations
 

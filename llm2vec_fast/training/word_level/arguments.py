@@ -34,7 +34,9 @@ class WordLevelArguments(TrainingArguments):
     )
     validation_file: list[str] = field(default_factory=list, metadata={"help": "Sentences to choose settings on."})
     test_file: list[str] = field(default_factory=list, metadata={"help": "Sentences to report scores on, at the end."})
-    word_column: str = field(default="0", metadata={"help": "Where the word stands: a column's number from 0, or name."})
+    word_column: str = field(
+        default="0", metadata={"help": "Where the word stands: a column's number from 0, or name."}
+    )
     label_column: str = field(default="-1", metadata={"help": "Where its label stands; -1 is the last column."})
     retroactive_labels: str = field(
         default="same_token",

@@ -56,7 +56,7 @@ class WordClassifier:
         try:
             settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
             with safe_open(Path(folder) / HEAD, framework="pt") as file:
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except OSError as error:
             raise ModelLoadError(f"{folder} holds no word-level head ({error}): train one into it first") from error
         encoder = LLM2Vec.from_pretrained(**settings["encoder"], **options)

@@ -59,16 +59,19 @@ def _of_sentences(encoder: LLM2Vec, sentences: Sequence[Sequence[str]], label_fr
 
 
 def _merged(words: Sequence[str], text: TokenEmbeddings, label_from: str) -> np.ndarray:
-    """A token belongs to the word of its last character: the space before a word is often part of its first token."""
+    """A token belongs to the word of its last character: the space before a word is often part of its first token.
+    One that is nothing but that space belongs to none."""
     outputs = text.embeddings
     if label_from == "next_token" and len(outputs):
         outputs = np.concatenate([outputs[:1], outputs[:-1]])
     ends = np.cumsum([len(word) + 1 for word in words]) - 1  # each word's end in the joined sentence
-    covers = text.offsets[:, 1] > text.offsets[:, 0]
-    owner = np.searchsorted(ends, text.offsets[covers, 1])
+    starts = ends - [len(word) for word in words]
+    begin, end = text.offsets.T
+    owner = np.searchsorted(ends, end)
+    kept = (end > begin) & (end > starts[owner])
     total = np.zeros((len(words), outputs.shape[1]), np.float32)
-    np.add.at(total, owner, outputs[covers])
-    count = np.bincount(owner, minlength=len(words))[:, None]
+    np.add.at(total, owner[kept], outputs[kept])
+    count = np.bincount(owner[kept], minlength=len(words))[:, None]
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 

@@ -41,7 +41,9 @@ def train_word_level(arguments: WordLevelArguments) -> TrainOutput:
     """
     files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
     sentences = {
-        name: read_sentences(some, arguments.word_column, arguments.label_column) for name, some in files.items() if some
+        name: read_sentences(some, arguments.word_column, arguments.label_column)
+        for name, some in files.items()
+        if some
     }
     labels = sorted({label for sentence in sentences["train"] for label in sentence.labels})
     words, encoder = _labelled_words(arguments, sentences, labels)
@@ -51,7 +53,8 @@ def train_word_level(arguments: WordLevelArguments) -> TrainOutput:
         arguments,
         train_dataset=words["train"],
         eval_dataset=words.get("validation"),
-        data_collator=_collate,
+        data_collator=_as_it_is,
+        compute_loss_func=_loss,
     )
     folder = Path(arguments.output_dir)
     if trainer.is_world_process_zero():
@@ -86,27 +89,22 @@ class Words(torch.utils.data.Dataset):
 
 
 class WordLevelTrainer(Trainer):
-    """Cross-entropy, every word of all ranks' batch counting the same; labels that training never saw are ignored."""
+    """transformers' Trainer, which predicts the numbers of labels instead of their scores."""
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The mean over the words; of gradients ranks take the mean, so each counts for all."""
-        scores = model(inputs["features"])
-        total = F.cross_entropy(scores, inputs["labels"], reduction="sum")
-        count = len(scores) if num_items_in_batch is None else num_items_in_batch
-        loss = total / count * (1 if num_items_in_batch is None else self.args.world_size)
-        return (loss, {"logits": scores}) if return_outputs else loss
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, best label of each word, and labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scores = model(inputs["features"])
+        return _loss(scores, inputs["labels"]), scores.argmax(1), inputs["labels"]
 
     def scores(self, words: Words, sentences: Sequence[Sentence], labels: Sequence[str], name: str) -> dict[str, float]:
         """Accuracy and, of entities, F1; words that were cut off count as wrong."""
         prediction: EvalPrediction = self.predict(words, metric_key_prefix=name)
         best = np.full(sum(len(sentence.words) for sentence in sentences), -1)
-        best[words.kept] = prediction.predictions.argmax(1)
+        best[words.kept] = prediction.predictions
         names = np.array([*labels, "O"], dtype=object)[best]
         ends = np.cumsum([len(sentence.words) for sentence in sentences])[:-1]
         found = word_scores([list(part) for part in np.split(names, ends)], [s.labels for s in sentences])
@@ -114,6 +112,13 @@ class WordLevelTrainer(Trainer):
         metrics[f"{name}_words_cut"] = len(best) - len(words)
         self.log(metrics)
         return metrics
+
+
+def _loss(scores: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Mean cross-entropy over the words of the batch, of all ranks and accumulated parts where their number is given;
+    labels that training never saw, −100, are left out."""
+    total = F.cross_entropy(scores, labels, reduction="sum")
+    return total / ((labels >= 0).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 def _labelled_words(
@@ -147,5 +152,5 @@ def _labelled_words(
     return words, given
 
 
-def _collate(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    return rows
+def _as_it_is(words: dict[str, Tensor]) -> dict[str, Tensor]:
+    return words

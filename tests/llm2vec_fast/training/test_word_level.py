@@ -1,0 +1,167 @@
+"""Word-level heads on a frozen encoder: the right output for each word, runs that go on, scores, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference_data import FOLDER, assert_matches
+from safetensors.torch import load_file
+
+from llm2vec_fast import LLM2Vec
+from llm2vec_fast.errors import UserError
+from llm2vec_fast.training.word_level import WordClassifier, WordLevelArguments, train_word_level
+from llm2vec_fast.training.word_level.features import embed_words, word_features
+from llm2vec_fast.training.word_level.scores import word_scores
+from llm2vec_fast.training.word_level.sentences import read_sentences
+
+Settings = Callable[..., dict[str, object]]
+LABELS = {"cat": "B-ANIMAL", "river": "B-PLACE", "walls": "I-PLACE"}
+
+
+def label(word: str) -> str:
+    return LABELS.get(word, "O")
+
+
+@pytest.fixture
+def columns(tmp_path: Path, sentences: list[str]) -> str:
+    """CoNLL columns: word, its length, its label."""
+    blocks = ["\n".join(f"{word} {len(word)} {label(word)}" for word in text.split()) for text in sentences]
+    path = tmp_path / "words.txt"
+    path.write_text("-DOCSTART- -X- O\n\n" + "\n\n".join(blocks) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def arguments(columns: str, settings: Settings) -> Callable[..., WordLevelArguments]:
+    def arguments(output: str = "out", **changes: object) -> WordLevelArguments:
+        given = settings(output, train_file=[columns], per_device_train_batch_size=32, max_seq_length=64)
+        return WordLevelArguments(**{**given, "classifier_dropout": 0.0, **changes})
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def encoder() -> LLM2Vec:
+    return LLM2Vec.from_pretrained(FOLDER / "llama", dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("label_from", ["same_token", "next_token"])
+def test_a_words_features_are_the_mean_over_its_tokens(encoder: LLM2Vec, label_from: str) -> None:
+    words = ["unbelievable", "cats,", "sat", "(quietly)"]
+    (found,) = embed_words(encoder, [words], label_from)
+    text = encoder.encode(" ".join(words), output="tokens", convert_to_numpy=True)
+    offset = 1 if label_from == "next_token" else 0
+    ends = np.cumsum([len(word) + 1 for word in words]) - 1
+    for i, end in enumerate(ends):
+        start = end - len(words[i])
+        tokens = [t for t, (a, b) in enumerate(text.offsets) if b > a and start < b <= end]
+        expected = text.embeddings[[max(t - offset, 0) for t in tokens]].mean(0)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-6, atol=1e-6)
+    assert len(text.ids) > len(words)  # else nothing was merged
+
+
+def test_words_beyond_the_limit_have_no_features() -> None:
+    short = LLM2Vec.from_pretrained(FOLDER / "llama", dtype="float32", device="cpu", max_length=6, doc_max_length=6)
+    (found,) = embed_words(short, [["cat"] * 20], "same_token")
+    missing = np.isnan(found).any(1)
+    assert missing.any()
+    assert not missing[0]
+    assert np.array_equal(np.sort(missing), missing)  # from some word on
+
+
+def test_features_are_kept_and_made_anew_when_anything_differs(encoder: LLM2Vec, tmp_path: Path) -> None:
+    path = tmp_path / "words.npy"
+    first = np.array(word_features(encoder, [["a", "cat"]], "same_token", path))
+    stamp = path.stat().st_mtime_ns
+    assert np.array_equal(word_features(encoder, [["a", "cat"]], "same_token", path), first)
+    assert path.stat().st_mtime_ns == stamp
+    other = word_features(encoder, [["a", "cat"]], "next_token", path)
+    assert not np.array_equal(other, first)
+
+
+def test_a_head_learns_is_scored_and_labels_words(
+    arguments: Callable[..., WordLevelArguments], columns: str, tmp_path: Path
+) -> None:
+    train_word_level(arguments(test_file=[columns], max_steps=100, learning_rate=0.1, save_strategy="no"))
+    scores = json.loads((tmp_path / "out" / "test_results.json").read_text())
+    assert scores["test_words_cut"] == 0
+    assert not (tmp_path / "out" / "features").exists()
+    sentences = read_sentences([columns], "0", "-1")
+    labels = [sentence.labels for sentence in sentences]
+    tagger = WordClassifier.from_pretrained(tmp_path / "out", dtype="float32", device="cpu")
+    found = word_scores(tagger.predict([sentence.words for sentence in sentences]), labels)
+    assert found == {name: scores[f"test_{name}"] for name in found}
+    untaught = word_scores([["O"] * len(some) for some in labels], labels)
+    assert found["accuracy"] > untaught["accuracy"]
+    assert found["f1"] > untaught["f1"] == 0
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    arguments: Callable[..., WordLevelArguments], tmp_path: Path
+) -> None:
+    options = {"classifier_dropout": 0.5, "lr_scheduler_type": "constant"}
+    train_word_level(arguments("whole", **options))
+    train_word_level(arguments("cut", max_steps=2, **options))
+    train_word_level(arguments("cut", **options))
+    whole, cut = (load_file(tmp_path / name / "head.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_two_processes_and_accumulation_train_as_one_on_the_joined_batch(
+    columns: str, settings: Settings, launch: Callable, finished: Callable, tmp_path: Path
+) -> None:
+    options = {"train_file": columns, "max_seq_length": 64, "classifier_dropout": 0.0, "optim": "sgd", "max_steps": 3}
+    options |= {"learning_rate": 1.0, "save_strategy": "no"}
+    runs = {"one": (1, 32, 1), "two": (2, 16, 1), "accumulated": (1, 8, 4)}
+    for name, (processes, size, parts) in runs.items():
+        given = {**options, "per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        finished(launch("word-level", settings(name, **given), processes))
+    one, *others = (load_file(tmp_path / name / "head.safetensors") for name in runs)
+    for other in others:
+        for name in one:
+            assert_matches(other[name].numpy(), one[name].numpy())
+
+
+def test_tables_and_columns_hold_the_same_sentences(columns: str, tmp_path: Path) -> None:
+    expected = read_sentences([columns], "0", "-1")
+    path = tmp_path / "words.jsonl"
+    path.write_text("".join(json.dumps({"tokens": s.words, "tags": s.labels}) + "\n" for s in expected))
+    assert read_sentences([str(path)], "tokens", "tags") == expected
+    assert expected[0].labels == [label(word) for word in expected[0].words]
+    assert read_sentences([columns], "0", "1")[0].labels == [str(len(word)) for word in expected[0].words]
+
+
+@pytest.mark.parametrize(
+    ("content", "column", "message"),
+    [
+        ("a DT\n", "3", r"line 1 of .* has 2 columns and no label_column=3"),
+        ("\n\n", "-1", "there is no labelled sentence in"),
+        ("a DT\n", "tag", "label_column='tag' is not a number"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(tmp_path: Path, content: str, column: str, message: str) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_sentences([str(path)], "0", column)
+
+
+def test_a_row_without_a_label_a_word_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "words.jsonl"
+    path.write_text('{"tokens": ["a", "cat"], "tags": ["DT"]}\n')
+    with pytest.raises(UserError, match=r"row 0 of .* has not one label a word"):
+        read_sentences([str(path)], "tokens", "tags")
+    with pytest.raises(UserError, match=r"has no column 'ner': there are tokens, tags"):
+        read_sentences([str(path)], "tokens", "ner")
+
+
+def test_entities_count_whole() -> None:
+    labels = [["B-PER", "I-PER", "O", "B-LOC"]]
+    scores = word_scores([["B-PER", "O", "O", "B-LOC"]], labels)
+    assert scores == {"accuracy": 0.75, "f1": 0.5, "precision": 0.5, "recall": 0.5}
+    assert word_scores([["DT", "NN"]], [["DT", "VB"]]) == {"accuracy": 0.5}
