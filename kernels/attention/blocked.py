@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from . import cpu_flash
-from .dropout import Dropout
+from .dropout import Dropout, drop_
 from .grouping import QUERY_BLOCK, Group, Plan, plan
+from .products import product, runs_alone
 
 # Scores held at once, which several passes read. On Zen 5 cores with 1 MiB of level-2 cache each, float32 ran fastest
-# with 32 to 128 Ki (a quarter slower with 1 Mi), bfloat16 with 128 to 512 Ki, whose fewer calls cost oneDNN less.
+# with 32 to 128 Ki (a quarter slower with 1 Mi), bfloat16 with 128 to 512 Ki, whose fewer calls cost oneDNN less; so
+# it is for float32 where oneDNN takes the products. Dropout makes fifty short calls a block.
 BLOCK_SCORES = {torch.float32: 64 * 1024, torch.float64: 32 * 1024}
-BLOCK_SCORES_16_BIT = 512 * 1024
+BLOCK_SCORES_DROPOUT = 256 * 1024
+BLOCK_SCORES_ONEDNN = 512 * 1024
 # Below this many queries a product is too flat to run fast; a long sequence's scores then exceed the budget.
 LEAST_QUERIES = 32
 
@@ -86,12 +89,13 @@ def blocked_backward(
 
 
 def _plan(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, rule: Rule, training: bool) -> Plan:
-    runs = cpu_flash.lengths(q, rule, training)
-    return plan(starts, lengths, q.shape[0], training, q.shape[1], k.shape[1], _budget(q.dtype), runs)
+    runs = cpu_flash.lengths(q, k.shape[1], rule, training)
+    return plan(starts, lengths, q.shape[0], training, q.shape[1], k.shape[1], _budget(q.dtype, rule), runs)
 
 
-def _budget(dtype: torch.dtype) -> int:
-    return BLOCK_SCORES.get(dtype, BLOCK_SCORES_16_BIT)
+def _budget(dtype: torch.dtype, rule: Rule) -> int:
+    budget = BLOCK_SCORES.get(dtype, BLOCK_SCORES_ONEDNN)
+    return budget if rule.dropout is None else max(budget, BLOCK_SCORES_DROPOUT)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,11 @@ class Rule:
     def of(cls, causal: bool, window: int, softcap: float, scale: float, threshold: int, seed: Tensor | None) -> Rule:
         dropout = Dropout(threshold, int(seed)) if threshold else None
         return cls(causal, None if window < 0 else window, softcap or None, scale, dropout)
+
+    @property
+    def gain(self) -> float:
+        """What dropout scales up the weights by that stay."""
+        return 1.0 if self.dropout is None else self.dropout.gain
 
     def keys(self, first: int, last: int, length: int) -> tuple[int, int]:
         """The key range that queries first … last − 1 can see."""
@@ -140,7 +149,7 @@ class _Step:
         self.shared = q.shape[2] // width
         self.group, self.rule = group, rule
         # (Hkv·n, L·g, D) and (Hkv·n, L, D)
-        self.q, self.k, self.v = (x.reshape(self.kv_heads * group.count, -1, width) for x in (q, k, v))
+        self.q, self.k, self.v = (x.reshape(self.kv_heads * group.count, -1, width).contiguous() for x in (q, k, v))
 
     def forward(self, with_lse: bool) -> tuple[Tensor, Tensor | None]:
         """(Hkv, n·L, g·D) and, if asked for, the log-sum-exp (Hkv, n·L, g)."""
@@ -149,56 +158,61 @@ class _Step:
         lse = self.q.new_empty(self.q.shape[:2], dtype=accumulator(self.q.dtype)) if with_lse else None
         for block in blocks:
             scores, _ = self._scores(block)
-            weights = torch.softmax(scores, dim=-1)
-            factors = self._factors(block, weights.dtype)
-            if factors is not None:
-                weights *= factors
-            part = torch.bmm(weights, self.v[block.batch, block.keys])
+            if lse is not None:
+                lse[block.batch, block.rows] = torch.logsumexp(scores.to(lse.dtype), dim=-1)
+            weights = torch.softmax(scores, dim=-1, out=scores)
+            if self.rule.dropout is not None:
+                drop_(weights, self._kept(block))
+            part = product(weights, self.v[block.batch, block.keys], self.rule.gain)
             if out is None:
                 out = part
             else:
                 out[block.batch, block.rows] = part
-            if lse is not None:
-                lse[block.batch, block.rows] = torch.logsumexp(scores.to(lse.dtype), dim=-1)
         return self._by_head(out), None if lse is None else self._by_head(lse)
 
     def backward(self, grad: Tensor) -> Iterator[Tensor]:
         """dQ (Hkv, n·L, g·D), dK and dV (Hkv, n·L, D) from the gradient of the output, like dQ."""
-        grad = grad.reshape(self.q.shape)
+        grad = grad.reshape(self.q.shape).contiguous()
         if self.group.padding is not None:
             by_row = grad.view(self.kv_heads, *self.group.padding.shape, -1)
             grad = by_row.masked_fill(self.group.padding[..., None], 0).view(self.q.shape)
         dq = torch.empty_like(self.q)
-        dk, dv = (torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in (self.k, self.v))
+        # (Hkv·n, D, L): the large factor of their products is then read as it lies in memory.
+        dk, dv = (x.new_zeros(x.transpose(1, 2).shape, dtype=accumulator(x.dtype)) for x in (self.k, self.v))
         for block in self._blocks():
             self._add_block(block, grad[block.batch, block.rows], dq, dk, dv)
-        return (self._by_head(x).to(self.q.dtype) for x in (dq, dk, dv))
+        return (self._by_head(x.to(self.q.dtype).contiguous()) for x in (dq, dk.transpose(1, 2), dv.transpose(1, 2)))
 
     def _add_block(self, block: _Block, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         scores, slope = self._scores(block, with_slope=True)
-        weights = kept = torch.softmax(scores, dim=-1)
-        d_weights = torch.bmm(grad, self.v[block.batch, block.keys].transpose(1, 2))
-        factors = self._factors(block, weights.dtype)
-        if factors is not None:
-            kept = weights * factors
-            d_weights *= factors
-        dv[block.batch, block.keys] += torch.bmm(kept.transpose(1, 2), grad)
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        weights = kept = torch.softmax(scores, dim=-1, out=scores)
+        d_weights = product(grad, self.v[block.batch, block.keys].transpose(1, 2), self.rule.gain)
+        if self.rule.dropout is not None:
+            mask = self._kept(block)
+            kept = drop_(weights.clone(), mask)
+            drop_(d_weights, mask)
+        dv[block.batch, :, block.keys] += product(grad.transpose(1, 2), kept, self.rule.gain)
+        d_scores = torch.ops.aten._softmax_backward_data.out(
+            d_weights, weights, -1, weights.dtype, grad_input=d_weights
+        )
         if slope is not None:
             d_scores *= slope
-        dq[block.batch, block.rows] = _scaled_product(d_scores, self.k[block.batch, block.keys], self.rule.scale)
+        dq[block.batch, block.rows] = product(d_scores, self.k[block.batch, block.keys], self.rule.scale)
         q = self.q[block.batch, block.rows]
-        dk[block.batch, block.keys] += _scaled_product(d_scores.transpose(1, 2), q, self.rule.scale)
+        dk[block.batch, :, block.keys] += product(q.transpose(1, 2), d_scores, self.rule.scale)
 
     def _blocks(self) -> Iterator[_Block]:
         """All of a group that fits the budget at once; a long sequence some heads and queries at a time."""
         length, batch = self.group.length, self.q.shape[0]
         queries = min(length, QUERY_BLOCK)
         reach = length if self.rule.window is None else min(length, queries + 2 * self.rule.window)
-        budget = _budget(self.q.dtype)
         if self.group.count == 1:
+            budget = _budget(self.q.dtype, self.rule)
             batch = min(batch, max(1, budget // (self.shared * queries * reach)))
+            if runs_alone(self.q, self.shared * queries * reach * self.q.shape[2]):
+                budget, batch = BLOCK_SCORES_ONEDNN, 1
             queries = min(queries, max(LEAST_QUERIES, budget // (self.shared * batch * reach)))
+        queries = -(-length // -(-length // queries))  # as many blocks, but even ones
         for start in range(0, self.q.shape[0], batch):
             for first in range(0, length, queries):
                 last = min(first + queries, length)
@@ -208,7 +222,7 @@ class _Step:
     def _scores(self, block: _Block, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
         """(batch, queries·g, keys), −inf where a key is out of sight, and what softcap multiplies their gradient by."""
         k = self.k[block.batch, block.keys]
-        scores = _scaled_product(self.q[block.batch, block.rows], k.transpose(1, 2), self.rule.scale)
+        scores = product(self.q[block.batch, block.rows], k.transpose(1, 2), self.rule.scale)
         slope = None
         if self.rule.softcap is not None:
             scores = scores.div_(self.rule.softcap).tanh_()
@@ -226,21 +240,18 @@ class _Step:
             by_sequence[..., begin - block.low :].masked_fill_(padding, torch.finfo(scores.dtype).min)
         return scores, slope
 
-    def _factors(self, block: _Block, dtype: torch.dtype) -> Tensor | None:
-        """What dropout multiplies the weights by, in their shape."""
-        if self.rule.dropout is None:
-            return None
-        count, device = self.group.count, self.q.device
-        heads = range(block.batch.start // count * self.shared, block.batch.stop // count * self.shared)
-        factors = self.rule.dropout.factors(
-            self.group.sequences,
-            torch.tensor(heads, device=device),
-            torch.arange(block.first, block.last, device=device),
+    def _kept(self, block: _Block) -> Tensor:
+        """Which weights stay, as `drop_` takes it."""
+        device, count = self.q.device, self.group.count
+        first, last = block.batch.start // count * self.shared, block.batch.stop // count * self.shared
+        # (heads of k, sequences, queries, heads of q that share one of k, keys)
+        return self.rule.dropout.kept(
+            self.group.sequences[:, None, None, None],
+            torch.arange(first, last, device=device).view(-1, 1, 1, self.shared, 1),
+            torch.arange(block.first, block.last, device=device)[:, None, None],
             block.low,
             block.high,
-        )  # (n, h·g, queries, keys)
-        by_head = factors.to(dtype).unflatten(1, (-1, self.shared)).permute(1, 0, 3, 2, 4)
-        return by_head.flatten(0, 1).flatten(1, 2)
+        )
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(Hkv·n, L·m, …) → (Hkv, n·L, …)."""
@@ -270,10 +281,6 @@ class _Block:
 def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
     """(T, H, D) → (T, Hkv, g·D) contiguous, the query heads of one key head side by side."""
     return x.unflatten(1, (kv_heads, -1)).flatten(2).contiguous()
-
-
-def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def _bias(hidden: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Long sequences in float32 on a CPU through PyTorch's own flash attention, which keeps its scores in cache.
+"""Sequences of middling length in float32 on a CPU through PyTorch's own flash attention.
 
-It is faster than batched products there, and its memory linear in the length. In bfloat16 it is slower than ours, and
-sums gradients in bfloat16; it has no window, softcap or dropout of our kind.
+It is faster than batched products there, and its memory linear in the length. It loses to single large products, so
+long sequences are not for it; see `products`. In bfloat16 it is slower than ours, and sums gradients in bfloat16; it
+has no window, softcap or dropout of our kind.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .grouping import QUERY_BLOCK
+from .products import LEAST_SCORES, least_length_alone, runs_alone
 
 # Measured on 2 Zen 5 cores: from here on it is the faster one. In training more sequences share a call of ours.
 LEAST_LENGTH = 33
@@ -30,12 +34,15 @@ class Rule(Protocol):
     dropout: object | None
 
 
-def lengths(q: Tensor, rule: Rule, training: bool) -> range:
+def lengths(q: Tensor, kv_heads: int, rule: Rule, training: bool) -> range:
     """The lengths of sequences that are for `forward` and `backward` here."""
     if q.device.type != "cpu" or q.dtype != torch.float32 or rule.softcap is not None or rule.dropout is not None:
         return range(0)
     least = LEAST_LENGTH_TRAINING if training else LEAST_LENGTH
-    return range(least, sys.maxsize if rule.window is None else rule.window + 2)
+    stop = sys.maxsize if rule.window is None else rule.window + 2
+    if runs_alone(q, LEAST_SCORES * q.shape[2]):
+        stop = min(stop, least_length_alone(q.shape[1] // kv_heads, QUERY_BLOCK))
+    return range(least, stop)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, count: int, rule: Rule, *, with_gradient: bool) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,11 @@ from ..once import once_a_layout
 QUERY_BLOCK = 256
 # A group's half a dozen steps cost more than that many calls of a kernel.
 LEAST_TOGETHER = 3
-# Without gradients, sequences of up to PADDED_LENGTH tokens are padded to a multiple of this. Besides fewer and more
-# even products that is fewer shapes, and oneDNN keeps half a MiB of generated code for every shape it has met.
+# Without gradients, sequences of up to PADDED_LENGTH tokens are padded to a multiple of the first, longer ones of the
+# second. Besides fewer and more even products that is fewer shapes, and oneDNN keeps half a MiB of generated code for
+# every shape it has met.
 LENGTH_STEP = 16
+LONG_LENGTH_STEP = 64
 # With gradients, sequences share a padded call while padding stays below this part of it, up to this length.
 PADDING_SHARE = 0.15
 PADDED_LENGTH = 512
@@ -116,8 +118,8 @@ def plan(
 
     Args:
         starts, lengths: of the batch's layout.
-        training: sequences of near-equal length share a group too. Without, a sequence is padded to the next multiple
-            of LENGTH_STEP: how it is computed depends on its length alone.
+        training: sequences of near-equal length share a group too. Without, a sequence is padded as
+            `padded_length` says: how it is computed depends on its length alone.
         heads, kv_heads: of the tensors that the groups are for.
         budget: scores that one step over a group may hold, unless one sequence alone has more.
         runs: lengths whose sequences become runs. In training so do shorter ones with too few others alike to make a
@@ -140,7 +142,8 @@ def plan(
 
 def padded_length(length: int) -> int:
     """What a sequence is padded to without gradients."""
-    return -(-length // LENGTH_STEP) * LENGTH_STEP if length <= PADDED_LENGTH else length
+    step = LENGTH_STEP if length <= PADDED_LENGTH else LONG_LENGTH_STEP
+    return -(-length // step) * step
 
 
 def _runs(starts: list[int], lengths: list[int], members: list[int]) -> list[Run]:
