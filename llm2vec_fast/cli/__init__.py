@@ -12,11 +12,12 @@ import typer
 from llm2vec_fast.cli import train as training
 from llm2vec_fast.cli.doctor import doctor
 from llm2vec_fast.cli.embed import embed
+from llm2vec_fast.cli.mine import mine
 from llm2vec_fast.cli.search import search
 from llm2vec_fast.errors import UserError
 
 DEBUG_VARIABLE = "LLM2VEC_FAST_DEBUG"
-VERBS = (embed, search, doctor)
+VERBS = (embed, search, mine, doctor)
 
 
 def main() -> None:

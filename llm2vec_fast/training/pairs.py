@@ -122,8 +122,8 @@ def _read(name: str, arguments: ContrastiveArguments) -> Dataset:
     def arrange(row: dict[str, Any]) -> dict[str, Any]:
         return {
             _QUERY: row[query] if isinstance(row[query], str) else "",
-            _POSITIVE: list(_texts(row[positive])),
-            _NEGATIVES: [text for column in negatives for text in _texts(row[column])],
+            _POSITIVE: list(texts_in(row[positive])),
+            _NEGATIVES: [text for column in negatives for text in texts_in(row[column])],
             _THING: None if name_of is None else str(row[name_of]),
         }
 
@@ -141,8 +141,8 @@ def _features() -> Any:
     return Features({_QUERY: text, _POSITIVE: List(text), _NEGATIVES: List(text), _THING: text})
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """The texts that are not empty in a value that is one, several or none."""
+def texts_in(value: Any) -> Iterator[str]:
+    """The texts that are not empty in a column's value, which is one, a list of them, or none."""
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and text.strip():
             yield text

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.training.arguments import MntpArguments
-from llm2vec_fast.training.config import read_arguments, ready_configs, write_arguments
+from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments
+from llm2vec_fast.training.config import own_options, read_arguments, ready_configs, write_arguments
 
 NEEDED = "model_name_or_path: model\ntrain_file: [a.txt, b.txt]\noutput_dir: out\nuse_cpu: true\n"
 
@@ -35,11 +35,76 @@ def test_what_is_written_beside_the_output_reads_back_the_same(config: Path, tmp
     assert again.to_dict() == arguments.to_dict()
 
 
-@pytest.mark.parametrize("name", ready_configs("mntp"))
-def test_ready_configurations_are_valid(name: str) -> None:
-    arguments = read_arguments(MntpArguments, name, ["--train_file", "a.txt", "--use_cpu", "True"])
-    assert arguments.lora_r == 16
-    assert arguments.output_dir.endswith(name)
+KINDS = {kind.STAGE: kind for kind in (MntpArguments, SimcseArguments, ContrastiveArguments)}
+MODELS = ["llama-2-7b", "llama-3-8b", "mistral-7b", "sheared-llama-1.3b", "smollm2-135m"]
+
+
+@pytest.mark.parametrize("stage", KINDS)
+def test_ready_configurations_are_valid_and_follow_each_other(stage: str) -> None:
+    assert list(ready_configs(stage)) == MODELS
+    outputs = {f"output/{stage}/{name}" for stage in KINDS for name in MODELS}
+    for name in MODELS:
+        arguments = read_arguments(KINDS[stage], name, ["--train_file", "a.txt", "--use_cpu", "True"])
+        assert arguments.lora_r == 16
+        assert arguments.output_dir == f"output/{stage}/{name}"
+        assert set(arguments.peft_model_name_or_path) <= outputs
+        assert bool(arguments.peft_model_name_or_path) == (stage != "mntp")
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "expected"),
+    [
+        ("simcse", "llama-2-7b", {"learning_rate": 3e-5, "scale": 20, "attention_dropout": 0.3, "max_seq_length": 128}),
+        ("contrastive", "mistral-7b", {"learning_rate": 2e-4, "scale": 50, "warmup_steps": 300, "max_steps": 1000}),
+    ],
+)
+def test_the_papers_settings(stage: str, name: str, expected: dict[str, object]) -> None:
+    """In the ready configurations, and where no configuration is given."""
+    needed = ["--train_file", "a.txt", "--use_cpu", "True", "--model_name_or_path", "m"]
+    for config in (name, None):
+        arguments = read_arguments(KINDS[stage], config, needed)
+        assert {key: getattr(arguments, key) for key in expected} == expected
+
+
+def test_one_value_or_several_is_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(NEEDED + "peft_model_name_or_path: one\nquery_instruction: 'find it:'\nmatryoshka_dims: [8, 16]\n")
+    arguments = read_arguments(ContrastiveArguments, path, ["--document_instruction", "a b", "--negative_columns", "n"])
+    assert arguments.peft_model_name_or_path == ["one"]
+    assert arguments.query_instruction == ["find it:"]
+    assert arguments.document_instruction == ["a b"]
+    assert arguments.negative_columns == ["n"]
+    assert arguments.matryoshka_dims == [8, 16]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_setting_says_what_it_is(kind: type[MntpArguments]) -> None:
+    options = own_options(kind)
+    assert len(options) > 20
+    assert all(len(text) > 10 for _, _, text in options)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("query_colum: q", "has an unknown key 'query_colum': did you mean query_column?"),
+        ("scale: -1", "scale=-1.* is not a positive number"),
+        ("pooling_mode: max", "pooling_mode=max is unknown: choose one of mean, weighted_mean"),
+        ("attention_dropout: 1", "attention_dropout=1.* is not a share"),
+        ("token_budget: 0", "token_budget=0 is not positive"),
+        ("matryoshka_dims: [0]", r"matryoshka_dims=\[0\] has a number below 1"),
+        ("matryoshka_weights: [1]", "matryoshka_weights has 1 numbers and matryoshka_dims 0"),
+        ("matryoshka_dims: [8]\nmatryoshka_weights: [-1]", r"matryoshka_weights=\[-1\] has one that is not positive"),
+        ("negatives: -1", "negatives=-1 is negative"),
+        ("continue_adapter: true", "continue_adapter=True needs an adapter: give peft_model_name_or_path"),
+    ],
+)
+def test_wrong_contrastive_settings_are_refused_in_one_sentence(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(NEEDED + line + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        read_arguments(ContrastiveArguments, path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -154,6 +155,24 @@ def test_training_lowers_the_loss_and_writes_an_encoder(corpus: str, tmp_path: P
     untrained = LLM2Vec.from_pretrained(FOLDER / "llama", dtype="float32")
     texts = ["the cat sat", "rain fell over old walls"]
     assert (trained.encode(texts) - untrained.encode(texts)).abs().max() > 1e-3
+
+
+def test_what_was_merged_before_comes_out_too(corpus: str, tmp_path: Path) -> None:
+    """An adapter as the base, and one on top that learns nothing: what comes out is the first."""
+    given = {"model_name_or_path": str(tmp_path / "first"), "mask_token_type": "eos", "learning_rate": 0.0}
+    copytree(FOLDER / "llama-lora", tmp_path / "first")
+    config = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(FOLDER / "llama")
+    (tmp_path / "first" / "adapter_config.json").write_text(json.dumps(config))
+    train_mntp(arguments(corpus, tmp_path / "out", max_steps=1, **given))
+    before, after = (
+        LLM2Vec.from_pretrained(FOLDER / "llama", path, dtype="float32", device="cpu").encode("rain fell")
+        for path in (tmp_path / "first", tmp_path / "out")
+    )
+    assert_matches(after.numpy(), before.numpy())
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["r"] == config["r"] + 16
+    assert saved["base_model_name_or_path"] == str(FOLDER / "llama")
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(corpus: str, tmp_path: Path) -> None:

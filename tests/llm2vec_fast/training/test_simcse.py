@@ -213,9 +213,17 @@ def test_equal_texts_are_one_thing() -> None:
             {"per_device_train_batch_size": 61},
             "a batch takes 61 rows and the largest training file has 60",
         ),
+        ({"train_file": ["{tmp}/other.jsonl"]}, "the training files have no column 'text': there are words"),
+        ({"train_file": ["{tmp}/empty.txt"]}, "the training files have no text in their column 'text'"),
         ({"matryoshka_dims": [16, 128]}, "matryoshka_dims has 128 and the model has 64 dimensions"),
     ],
 )
-def test_what_does_not_fit_the_data_or_the_model_is_refused(settings: Settings, changes: dict, message: str) -> None:
+def test_what_does_not_fit_the_data_or_the_model_is_refused(
+    settings: Settings, tmp_path: Path, changes: dict, message: str
+) -> None:
+    (tmp_path / "other.jsonl").write_text('{"words": "a cat"}\n')
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    if "train_file" in changes:
+        changes = {"train_file": [name.format(tmp=tmp_path) for name in changes["train_file"]]}
     with pytest.raises(UserError, match=message):
         train_simcse(SimcseArguments(**settings(**changes)))

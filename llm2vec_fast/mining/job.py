@@ -1,0 +1,201 @@
+"""A mining job: pairs in, pairs with hard negatives out, as often interrupted as it may be.
+
+Beside the output stands a folder while the job is under way: the texts, their embeddings as `bulk` writes them, and
+what was found for each block of queries. Finished parts of either are not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import disable_progress_bars, enable_progress_bars
+
+from llm2vec_fast.bulk.encoding import LoadEncoder, load_encoder
+from llm2vec_fast.bulk.files import replace_json, replacing, sha256_of
+from llm2vec_fast.bulk.job import embed
+from llm2vec_fast.bulk.lock import only_job
+from llm2vec_fast.bulk.manifest import changed_error, read_manifest
+from llm2vec_fast.errors import InputError, OutputError
+from llm2vec_fast.mining.search import Found, find_negatives
+from llm2vec_fast.mining.settings import MiningSettings
+from llm2vec_fast.mining.texts import MiningTexts, read_mining_texts, write_texts
+
+QUERIES_AT_ONCE = 1024
+_JOB = "mining.json"
+_NEGATIVES, _SCORES, _POSITIVE = "negative", "negative_score", "positive_score"
+WRITERS = (".jsonl", ".parquet")
+
+
+class MiningStoppedError(Exception):
+    """The job was told to stop; what is finished is kept."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to: rows written, those among them with no negative at all, and negatives in all."""
+
+    rows: int
+    without: int
+    negatives: int
+
+
+def mine(
+    pairs: Path,
+    output: Path,
+    settings: MiningSettings,
+    corpora: Sequence[str] = (),
+    *,
+    load: LoadEncoder = load_encoder,
+    stop: threading.Event | None = None,
+    notify: Callable[[str], None] = lambda sentence: None,
+) -> Outcome:
+    """Find hard negatives for every pair among all documents, or go on where an earlier run of the same job ended.
+
+    A document is a row's hard negative if its cosine to the query is below a share of that of the row's own document
+    (Moreira et al., 2024, arXiv:2407.15831), and if it is not the same thing (`training.pairs.same_things`). Of those
+    the nearest are taken. The search is exact.
+
+    Args:
+        pairs: jsonl, csv or parquet.
+        output: jsonl or parquet: the rows that have a query and a document, with all their columns, and ``negative``
+            (a list, nearest first, in the place of a column of that name), ``negative_score`` and ``positive_score``.
+        settings: the encoder and all else that decides the result.
+        corpora: files of further documents; those of the pairs are searched in any case.
+        load: makes the encoder.
+        stop: set it and the job ends soon.
+        notify: takes sentences for the user.
+
+    Raises:
+        MiningStoppedError, JobStoppedError: ``stop`` was set.
+        UserError: the inputs, the model, the settings or the disk do not allow the job; the message says what to do.
+    """
+    stop = stop or threading.Event()
+    if output.suffix not in WRITERS:
+        raise OutputError(f"{output} is of a format that its name does not tell: end it in {' or '.join(WRITERS)}")
+    if output.exists():
+        raise OutputError(f"{output} exists already: delete it, or give another --output")
+    folder = output.with_name(f"{output.name}.mining")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be used: {error.strerror}") from error
+    with only_job(folder):
+        _open(folder, pairs, corpora, settings)
+        texts = read_mining_texts(pairs, corpora, settings)
+        notify(f"{len(texts.queries):,} queries, {len(texts.documents):,} documents")
+        instructions = settings.encoder.instruction, settings.documents_instruction
+        queries, documents = (
+            _embedded(folder, name, some, settings, instruction, load, stop, notify)
+            for name, some, instruction in zip(
+                ("queries", "documents"), (texts.queries, texts.documents), instructions, strict=True
+            )
+        )
+        found = _search(folder, queries, documents, texts, settings, stop)
+        outcome = _write(output, texts, found)
+    shutil.rmtree(folder)
+    return outcome
+
+
+def _open(folder: Path, pairs: Path, corpora: Sequence[str], settings: MiningSettings) -> None:
+    """Refuse a folder that another job left."""
+    for name in (pairs, *corpora):
+        if not Path(name).is_file():
+            raise InputError(f"{name} does not exist: check the path")
+    asked = {**settings.as_json(), "inputs": [sha256_of(Path(name)) for name in (pairs, *corpora)]}
+    asked = json.loads(json.dumps(asked))
+    path = folder / _JOB
+    if not path.exists():
+        replace_json(path, asked)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changes = [f"{name} {before.get(name)} -> {new}" for name, new in asked.items() if before.get(name) != new]
+    if changes:
+        raise changed_error(folder, changes)
+
+
+def _embedded(
+    folder: Path,
+    name: str,
+    texts: Sequence[str],
+    settings: MiningSettings,
+    instruction: str | None,
+    load: LoadEncoder,
+    stop: threading.Event,
+    notify: Callable[[str], None],
+) -> np.ndarray:
+    """(texts, d) float32 of length 1, mapped from a file; NaN where a text could not be embedded."""
+    write_texts(folder / f"{name}.jsonl", texts)
+    encoder = replace(
+        settings.encoder, instruction=instruction, normalize=True, text_column="text", id_column="id", keep_columns=()
+    )
+    embed([str(folder / f"{name}.jsonl")], folder / name, encoder, load=load, stop=stop, notify=notify)
+    return _gathered(folder / name, folder / f"{name}.npy", len(texts))
+
+
+def _gathered(embeddings: Path, path: Path, count: int) -> np.ndarray:
+    """The parts of a bulk job as one array, in the order of the texts."""
+    manifest = read_manifest(embeddings)
+    assert manifest is not None, embeddings
+    shape = (count, manifest.resolved["dimension"])
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    rows[:] = np.nan
+    for _, part in manifest.part_paths(embeddings):
+        with pq.ParquetFile(part) as file:
+            for batch in file.iter_batches(QUERIES_AT_ONCE, columns=["id", "embedding"]):
+                places = np.array([int(x) for x in batch.column(0).to_pylist()], np.int64)
+                rows[places] = batch.column(1).flatten().to_numpy(zero_copy_only=False).reshape(len(places), -1)
+    rows.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def _search(
+    folder: Path,
+    queries: np.ndarray,
+    documents: np.ndarray,
+    texts: MiningTexts,
+    settings: MiningSettings,
+    stop: threading.Event,
+) -> list[Found]:
+    def check() -> None:
+        if stop.is_set():
+            raise MiningStoppedError
+
+    found = []
+    for first in range(0, len(queries), QUERIES_AT_ONCE):
+        path = folder / f"found-{first:010d}.npz"
+        if not path.exists():
+            block = queries[first : first + QUERIES_AT_ONCE]
+            result = find_negatives(block, documents, texts, first, settings, after_slice=check)
+            with replacing(path) as file:
+                np.savez(file, places=result.places, scores=result.scores, positives=result.positives)
+        with np.load(path, allow_pickle=False) as parts:
+            found.append(Found(parts["places"], parts["scores"], parts["positives"]))
+    return found
+
+
+def _write(output: Path, texts: MiningTexts, found: Sequence[Found]) -> Outcome:
+    """Rows with their negatives, the file whole or not there."""
+    negatives, scores, own = [], [], []
+    for block in found:
+        for places, values, positive in zip(block.places, block.scores, block.positives, strict=True):
+            some = places >= 0
+            negatives.append([texts.documents[i] for i in places[some]])
+            scores.append([round(float(x), 6) for x in values[some]])
+            own.append(None if np.isnan(positive) else round(float(positive), 6))
+    rows = texts.rows.remove_columns([c for c in (_NEGATIVES, _SCORES, _POSITIVE) if c in texts.rows.column_names])
+    for name, column in ((_NEGATIVES, negatives), (_SCORES, scores), (_POSITIVE, own)):
+        rows = rows.add_column(name, column)
+    disable_progress_bars()
+    try:
+        with replacing(output) as file:
+            rows.to_parquet(file) if output.suffix == ".parquet" else rows.to_json(file, force_ascii=False)
+    finally:
+        enable_progress_bars()
+    return Outcome(len(rows), sum(not some for some in negatives), sum(map(len, negatives)))

@@ -1,0 +1,200 @@
+"""Hard negatives: as a plain search finds them, whatever stops the job; and what training reads of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from fake_encoder import NO_TOKEN, NOT_FINITE, FakeEncoder, embedding_of
+from reference_data import FOLDER
+
+from llm2vec_fast.bulk.settings import EmbedSettings
+from llm2vec_fast.errors import ChangedError, InputError, OutputError, UserError
+from llm2vec_fast.mining import MiningSettings, MiningStoppedError, Outcome, job, mine, search
+
+TEXT = "one two three four five six seven eight nine ten eleven twelve"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, content in {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    rng, words = np.random.default_rng(0), TEXT.split()
+    texts = [" ".join(rng.choice(words, 5)) + f" {i}" for i in range(80)]
+    return [{"query": f"{texts[i]} {texts[i + 40]}", "positive": texts[i], "source": i} for i in range(40)]
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Callable[..., Outcome]:
+    """Mine the rows into tmp_path / ``output``; keyword arguments are settings."""
+
+    def run(rows: list[dict[str, Any]], output: str = "out.jsonl", **options: Any) -> Outcome:
+        given = {name: options.pop(name) for name in ("corpora", "stop", "notify") if name in options}
+        encoder = options.pop("encoder", None) or FakeEncoder()
+        path = tmp_path / "pairs.jsonl"
+        if not path.exists():
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = MiningSettings(EmbedSettings(str(model), rows_per_shard=10, device="cpu"), **options)
+        return mine(path, tmp_path / output, settings, load=lambda settings: encoder, **given)
+
+    return run
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def unit(text: str) -> np.ndarray:
+    row = embedding_of(text).astype(np.float64)
+    return row / np.linalg.norm(row)
+
+
+def test_negatives_are_the_nearest_below_the_share(run, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a plain search, over several blocks of queries and slices of documents."""
+    monkeypatch.setattr(job, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(search, "DOCUMENTS_AT_ONCE", 9)
+    outcome = run(rows, negatives=4, share=0.8, skip=2)
+    found = read(tmp_path / "out.jsonl")
+    assert outcome.rows == len(found) == len(rows)
+    assert outcome.negatives == sum(len(row["negative"]) for row in found) > 40
+    for row, out in zip(rows, found, strict=True):
+        assert {name: out[name] for name in row} == row
+        own = unit(row["query"]) @ unit(row["positive"])
+        scores = {other["positive"]: unit(row["query"]) @ unit(other["positive"]) for other in rows}
+        nearest = sorted((t for t in scores if scores[t] < 0.8 * own), key=lambda t: -scores[t])
+        assert out["negative"] == nearest[2:6]
+        assert out["positive_score"] == pytest.approx(own, abs=1e-6)
+        assert out["negative_score"] == pytest.approx([scores[t] for t in nearest[2:6]], abs=1e-6)
+    assert not (tmp_path / "out.jsonl.mining").exists()
+
+
+def test_the_same_thing_is_never_a_negative(run, tmp_path: Path) -> None:
+    rows = [
+        {"query": "one two", "positive": ["one two three", "two one"], "id": "a", "negative": "old"},
+        {"query": "one two", "positive": ["one three"], "id": "b", "negative": "old"},
+        {"query": "one four", "positive": ["one  two three"], "id": "c", "negative": "old"},
+        {"query": "five", "positive": ["five one two"], "id": "d", "negative": "old"},
+        {"query": "six", "positive": ["six one two"], "id": "d", "negative": "old"},
+    ]
+    run(rows, share=1.0, id_column="id")
+    found = read(tmp_path / "out.jsonl")
+    family = {"one two three", "two one", "one three", "one  two three"}
+    for row in found[:3]:
+        assert not family & set(row["negative"])
+    for row in found[3:]:
+        assert not {"five one two", "six one two"} & set(row["negative"])
+    assert "old" not in {text for row in found for text in row["negative"]}
+
+
+def test_further_documents_are_searched(run, rows, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("\n".join(f"{row['query']} near" for row in rows) + "\n")
+    run(rows, share=1.0, negatives=1)
+    run(rows, "more.parquet", share=1.0, negatives=1, corpora=[str(tmp_path / "more.txt")])
+    few, many = read(tmp_path / "out.jsonl"), pq.read_table(tmp_path / "more.parquet").to_pylist()
+    gained = [b for a, b in zip(few, many, strict=True) if b["negative_score"] > a["negative_score"]]
+    assert gained
+    assert all(row["negative"][0].endswith("near") for row in gained)
+
+
+def test_what_cannot_be_embedded_is_no_negative_and_has_none(run, rows, tmp_path: Path) -> None:
+    bad = [{"query": NOT_FINITE, "positive": "one", "source": 0}, {"query": "two", "positive": NO_TOKEN, "source": 0}]
+    outcome = run([*bad, *rows], share=1.0)
+    found = read(tmp_path / "out.jsonl")
+    assert found[0]["negative"] == []
+    assert outcome.without >= 1
+    texts = {text for row in found for text in row["negative"]}
+    assert NOT_FINITE not in texts
+
+
+def test_a_stopped_job_goes_on_to_the_same_result(run, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the search, after texts are embedded and some blocks are done: none of that is done again."""
+    monkeypatch.setattr(job, "QUERIES_AT_ONCE", 7)
+    run(rows, "whole.jsonl")
+    stop, calls = threading.Event(), []
+
+    def find(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[3])
+        if len(calls) == 3:
+            stop.set()
+        return search.find_negatives(*args, **kwargs)
+
+    monkeypatch.setattr(job, "find_negatives", find)
+    with pytest.raises(MiningStoppedError):
+        run(rows, stop=stop)
+    assert not (tmp_path / "out.jsonl").exists()
+    encoder = FakeEncoder()
+    run(rows, encoder=encoder)
+    assert encoder.calls == 0
+    assert calls == [0, 7, 14, 14, 21, 28, 35]
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_other_settings_or_pairs_do_not_go_on(run, rows, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Exception, match="stopped"):
+        run(rows, stop=stop)
+    with pytest.raises(ChangedError, match=r"negatives 7 -> 3; go on with what it was, or give a new --output"):
+        run(rows, negatives=3)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ChangedError, match="inputs"):
+        run(rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "error", "message"),
+    [
+        ({"text": "a", "positive": "b"}, {}, UserError, "has no column 'query': there are text, positive"),
+        ({"query": "a", "positive": None}, {}, UserError, "has no row with a text in 'query' and in 'positive'"),
+        ({"query": "a", "positive": "b"}, {"id_column": "key"}, UserError, "has no column 'key'"),
+        ({"query": "a", "positive": "b"}, {"share": 1.5}, UserError, "share=1.5 is not a share"),
+        ({"query": "a", "positive": "b"}, {"negatives": 0}, UserError, "negatives=0 is not positive"),
+        ({"query": "a", "positive": "b"}, {"output": "out.csv"}, OutputError, "end it in .jsonl or .parquet"),
+        ({"query": "a", "positive": "b"}, {"corpora": ["none.txt"]}, InputError, "none.txt does not exist"),
+    ],
+)
+def test_what_cannot_be_mined_is_refused(run, row: dict, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        run([row], **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_finished_output_is_not_written_over(run, rows) -> None:
+    run(rows)
+    with pytest.raises(OutputError, match=r"out.jsonl exists already: delete it, or give another --output"):
+        run(rows)
+
+
+def test_the_command_writes_what_training_reads(tmp_path: Path, rows) -> None:
+    from llm2vec_fast.training.arguments import ContrastiveArguments
+    from llm2vec_fast.training.pairs import Pairs
+
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", FOLDER / "llama", "--output", tmp_path / "mined.jsonl", "--device", "cpu", "--share", "1"]
+    options += ["--dtype", "float32", "--instruction", "find:"]
+    command = [sys.executable, "-m", "llm2vec_fast", "mine", tmp_path / "pairs.jsonl", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "hard negatives for 40 rows" in done.stderr
+    file = str(tmp_path / "mined.jsonl")
+    pairs = Pairs([file], ContrastiveArguments(model_name_or_path="m", train_file=[file], use_cpu=True, negatives=3))
+    found = {row["query"]: row["negative"] for row in read(tmp_path / "mined.jsonl")}
+    for i in range(len(pairs)):
+        texts = [text for _, text in pairs[i]["negatives"]]
+        assert len(texts) == min(3, len(found[pairs[i]["query"][1]]))
+        assert set(texts) <= set(found[pairs[i]["query"][1]])
