@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import disable_progress_bars, enable_progress_bars
 
 from llm2vec_fast.bulk.encoding import LoadEncoder, load_encoder
 from llm2vec_fast.bulk.files import replace_json, replacing, sha256_of
@@ -182,6 +181,8 @@ def _search(
 
 def _write(output: Path, texts: MiningTexts, found: Sequence[Found]) -> Outcome:
     """Rows with their negatives, the file whole or not there."""
+    from datasets import disable_progress_bars, enable_progress_bars
+
     negatives, scores, own = [], [], []
     for block in found:
         for places, values, positive in zip(block.places, block.scores, block.positives, strict=True):

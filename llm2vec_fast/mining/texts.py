@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
 
 from llm2vec_fast.bulk.files import replacing
 from llm2vec_fast.errors import UserError
@@ -16,6 +16,9 @@ from llm2vec_fast.mining.settings import MiningSettings
 from llm2vec_fast.training.packing import identity
 from llm2vec_fast.training.pairs import same_things, texts_in
 from llm2vec_fast.training.texts import read_rows, read_texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
