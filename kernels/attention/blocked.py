@@ -26,7 +26,7 @@ from .products import product, runs_alone
 # Scores held at once, which several passes read. On Zen 5 cores with 1 MiB of level-2 cache each, float32 ran fastest
 # with 32 to 128 Ki (a quarter slower with 1 Mi), bfloat16 with 128 to 512 Ki, whose fewer calls cost oneDNN less; so
 # it is for float32 where oneDNN takes the products. Dropout makes fifty short calls a block.
-BLOCK_SCORES = {torch.float32: 64 * 1024, torch.float64: 32 * 1024}
+BLOCK_SCORES = {torch.float32: 128 * 1024, torch.float64: 32 * 1024}
 BLOCK_SCORES_DROPOUT = 256 * 1024
 BLOCK_SCORES_ONEDNN = 512 * 1024
 # Below this many queries a product is too flat to run fast; a long sequence's scores then exceed the budget.
@@ -42,16 +42,15 @@ def blocked_forward(
     ``with_lse`` the log-sum-exp is there only where that needs it.
     """
     made = _plan(q, k, starts, lengths, rule, training)
-    results = (
-        (run, cpu_flash.forward(*(x[run.rows] for x in (q, k, v)), run.count, rule, with_gradient=training))
-        for run in made.runs
-    )
+    results = ((run, cpu_flash.forward(q, k, v, run, rule, with_gradient=training)) for run in made.runs)
     if made.is_one_run:
         return next(results)[1]
     out = (torch.empty if made.full else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=accumulator(q.dtype), device=q.device)
     for run, (part, sums) in results:
-        out[run.rows], lse[run.rows] = part, sums
+        out[run.rows] = part
+        if training or with_lse:
+            lse[run.rows] = sums
     if made.groups:
         q, k, v, out_by_head, lse_by_head = (_by_key_head(x, k.shape[1]) for x in (q, k, v, out, lse))
     for group in made.groups:
@@ -67,10 +66,7 @@ def blocked_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes and dtype, from the gradient of the output and what forward returned."""
     made = _plan(q, k, starts, lengths, rule, training=True)
-    results = (
-        (run, cpu_flash.backward(*(x[run.rows] for x in (grad, q, k, v, out, lse)), run.count, rule))
-        for run in made.runs
-    )
+    results = ((run, cpu_flash.backward(grad, q, k, v, out, lse, run, rule)) for run in made.runs)
     if made.is_one_run:
         return next(results)[1]
     new = torch.empty if made.full else torch.zeros

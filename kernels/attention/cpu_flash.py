@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .grouping import QUERY_BLOCK
+from .grouping import QUERY_BLOCK, Run
 from .products import LEAST_SCORES, least_length_alone, runs_alone
 
 # Measured on 2 Zen 5 cores: from here on it is the faster one. In training more sequences share a call of ours.
@@ -45,30 +45,31 @@ def lengths(q: Tensor, kv_heads: int, rule: Rule, training: bool) -> range:
     return range(least, stop)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, count: int, rule: Rule, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """``count`` equally long sequences: q (rows, Hq, D), k and v (rows, Hkv, D) → out like q, log-sum-exp (rows, Hq).
+def forward(q: Tensor, k: Tensor, v: Tensor, run: Run, rule: Rule, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """A run of q (T, Hq, D), k and v (T, Hkv, D) → output (rows, Hq, D), log-sum-exp (rows, Hq).
 
     ``with_gradient`` prepares for `backward`, which needs it.
     """
+    q, k, v = _heads_first(q, k, v, run=run)
     q, scale = _scaled(q, rule.scale) if with_gradient else (q, rule.scale)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(q, k, v, count=count), 0.0, rule.causal, scale=scale
-    )
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, rule.causal, scale=scale)
     return _rows_first(out), _rows_first(lse)
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, count: int, rule: Rule
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, run: Run, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, in their shapes, from what `forward` gave."""
-    scaled, scale = _scaled(q, rule.scale)
+    """A run's gradients of q, k and v, with its rows alone, from what `forward` gave for all."""
+    kv_heads = k.shape[1]
+    grad, q, k, v, out, lse = _heads_first(grad, q, k, v, out, lse, run=run)
+    q, scale = _scaled(q, rule.scale)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *_heads_first(grad, scaled, k, v, out, lse, count=count), 0.0, rule.causal, scale=scale
+        grad, q, k, v, out, lse, 0.0, rule.causal, scale=scale
     )
     if scale != rule.scale:
         dq *= rule.scale
-    if dk.shape[1] != k.shape[1]:  # repeated keys and values
-        dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+    if dk.shape[1] != kv_heads:  # repeated keys and values
+        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
     return _rows_first(dq), _rows_first(dk), _rows_first(dv)
 
 
@@ -81,9 +82,16 @@ def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (q, scale) if math.frexp(scale)[0] == 0.5 else (q * scale, 1.0)
 
 
-def _heads_first(*tensors: Tensor, count: int) -> list[Tensor]:
-    """Views (count · L, H, …) → (count, H, L, …); fewer heads are repeated to as many as the first has, if need be."""
-    views = [x.unflatten(0, (count, -1)).transpose(1, 2) for x in tensors]
+def _heads_first(*tensors: Tensor, run: Run) -> list[Tensor]:
+    """A run of (T, H, …) as views (count, H, L, …); fewer heads are repeated to as many as the first has, if need be.
+
+    One operation a view: hundreds of short runs a pass would else cost more in views than in attention.
+    """
+    views = []
+    for x in tensors:
+        row, *rest = x.stride()
+        size, stride = (run.count, x.shape[1], run.length, *x.shape[2:]), (run.length * row, rest[0], row, *rest[1:])
+        views.append(x.as_strided(size, stride, x.storage_offset() + run.start * row))
     if READS_GROUPED_HEADS:
         return views
     return [x.repeat_interleave(views[0].shape[1] // x.shape[1], 1) for x in views]

@@ -38,7 +38,7 @@ class Group:
             sequence's last token.
         places: (kv_heads · count · length,) int64, where a tensor seen as (T · kv_heads, width) holds those rows, heads
             first; None where ``rows`` is a slice.
-        real: (tokens,) int64, which of count · length are tokens; None: all of them.
+        real: (tokens,) int64, which of count · length are tokens, and their rows; None: all of them.
         padding: (count, length) bool, True on padding; None: there is none.
         unpadded: keys that are tokens in every sequence.
         sequences: (count,) int64, their numbers in the layout.
@@ -48,7 +48,7 @@ class Group:
     length: int
     rows: slice | Tensor
     places: Tensor | None
-    real: Tensor | None
+    real: tuple[Tensor, Tensor] | None
     padding: Tensor | None
     unpadded: int
     sequences: Tensor
@@ -67,7 +67,8 @@ class Group:
         elif self.real is None:
             out.index_copy_(0, self.rows, part)
         else:
-            out.index_copy_(0, self.rows.index_select(0, self.real), part.index_select(0, self.real))
+            real, rows = self.real
+            out.index_copy_(0, rows, part.index_select(0, real))
 
 
 @dataclass(frozen=True)
@@ -195,5 +196,5 @@ def _make(starts: Tensor, lengths: Tensor, members: list[int], kv_heads: int, tr
         real = (~padding).flatten().nonzero().flatten()
     if shortest == longest:
         return Group(count, longest, rows.to(device), places.to(device), None, None, longest, sequences.to(device))
-    moved = (x.to(device) for x in (rows, places, real, padding))
-    return Group(count, longest, *moved, shortest, sequences.to(device))
+    real_rows, rows, places, real, padding = (x.to(device) for x in (rows[real], rows, places, real, padding))
+    return Group(count, longest, rows, places, (real, real_rows), padding, shortest, sequences.to(device))
