@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env install test lint format bench codegen demo model wheel clean
+.PHONY: help env install test lint format bench codegen reproduce demo model wheel clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ bench: install model ## measure encoding and every operation against their peers
 
 codegen: install ## compile every kernel for GPUs that need not be here, and hold the machine code to the gate
 	$(PY) -m benchmarks.codegen --json benchmarks/results/codegen.json --markdown benchmarks/results/codegen.md
+
+reproduce: install ## train the recipe on a real model and fill in the paper's table; goes on where it was stopped
+	$(PY) -m benchmarks.reproduce
 
 demo: install demo/docstrings.jsonl demo/model ## embed 10,000 real texts with a real model, then ask questions
 	$(BIN)/llm2vec-fast embed demo/docstrings.jsonl --model demo/model --output demo/embeddings \

@@ -48,6 +48,12 @@ class WordLevelArguments(TrainingArguments):
     max_seq_length: int = field(default=512, metadata={"help": "Tokens of a sentence; words beyond are left out."})
     model_dtype: str = field(default="auto", metadata={"help": "dtype of the encoder: float32, bfloat16, or auto."})
     token_budget: int | None = field(default=None, metadata={"help": "Tokens of a forward pass of the encoder."})
+    features_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the words' outputs here, for other labels of the same sentences; by default gone at the end."
+        },
+    )
     classifier_dropout: float = field(default=0.1, metadata={"help": "Dropout in front of the head."})
 
     per_device_train_batch_size: int = field(default=1024, metadata={"help": "Words of a step."})

@@ -67,7 +67,8 @@ def train_word_level(arguments: WordLevelArguments) -> TrainOutput:
     if trainer.is_world_process_zero():
         head = trainer.accelerator.unwrap_model(trainer.model)
         save_head(head, labels, arguments.retroactive_labels, encoder, folder)
-        shutil.rmtree(folder / _FEATURES, ignore_errors=True)
+        if arguments.features_folder is None:
+            shutil.rmtree(_features_folder(arguments), ignore_errors=True)
     return result
 
 
@@ -134,7 +135,7 @@ def _labelled_words(
         "merge_peft": True,
     }
     number = {label: index for index, label in enumerate(labels)}
-    folder = Path(arguments.output_dir) / _FEATURES
+    folder = _features_folder(arguments)
     words = {}
     with arguments.main_process_first(desc="embedding the words"):  # the others read what it has put on disk
         encoder = LLM2Vec.from_pretrained(
@@ -150,6 +151,10 @@ def _labelled_words(
     if not len(words["train"]):
         raise UserError(f"no word is within max_seq_length={arguments.max_seq_length}: give more")
     return words, given
+
+
+def _features_folder(arguments: WordLevelArguments) -> Path:
+    return Path(arguments.features_folder or Path(arguments.output_dir) / _FEATURES)
 
 
 def _as_it_is(words: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,107 @@
+"""Pairs to train on, mined from unlabelled texts: a data set a kind, each with hard negatives where it has them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.fetch import wikipedia, wordnet
+from benchmarks.fetch.wordnet import Synset
+from benchmarks.reproduce.texts import evaluation_texts, normalised, split
+
+_LEAST_WORDS = 4  # of an example or a gloss: shorter ones say little
+_MOST = 20_000  # pairs of a kind, lest the most frequent be all there is
+
+
+class Pair(NamedTuple):
+    """A text, one that means the same or answers it, and one that looks alike and does not."""
+
+    query: str
+    positive: str
+    negative: str | None = None
+
+
+def data_sets() -> dict[str, list[Pair]]:
+    """The kinds of pairs by name, shuffled, without any text that a score is computed on."""
+    senses = list(wordnet.synsets())
+    found = {
+        "glosses": glosses(senses),
+        "paraphrases": paraphrases(senses),
+        "sections": sections(),
+        "neighbours": neighbours(),
+    }
+    held_out = evaluation_texts()
+    kept = {
+        name: [pair for pair in pairs if held_out.isdisjoint(normalised(text) for text in pair if text)]
+        for name, pairs in found.items()
+    }
+    return {name: random.Random(0).sample(pairs, min(_MOST, len(pairs))) for name, pairs in kept.items()}
+
+
+def glosses(senses: list[Synset]) -> Iterator[Pair]:
+    """A word, or several that mean the same, and what they mean; the negative is a sibling's meaning."""
+    siblings, rng = _siblings(senses), random.Random(0)
+    for sense in senses:
+        if len(sense.gloss.split()) < _LEAST_WORDS:
+            continue
+        others = [other.gloss for other in siblings[sense.parent] if other.gloss and other.key != sense.key]
+        yield Pair(", ".join(sense.words[:3]), sense.gloss, rng.choice(others) if others else None)
+
+
+def paraphrases(senses: list[Synset]) -> Iterator[Pair]:
+    """A sentence and the same with a synonym in a word's place; in the negative a sibling's word stands there."""
+    siblings, rng = _siblings(senses), random.Random(0)
+    for sense in senses:
+        for example in sense.examples:
+            word = next((word for word in sense.words if _holds(example, word)), None)
+            synonyms = [other for other in sense.words if other != word]
+            if word is None or not synonyms or len(example.split()) < _LEAST_WORDS:
+                continue
+            others = [w for other in siblings[sense.parent] if other.key != sense.key for w in other.words[:1]]
+            changed = _replaced(example, word, rng.choice(others)) if others else None
+            yield Pair(example, _replaced(example, word, rng.choice(synonyms)), changed)
+
+
+def sections() -> Iterator[Pair]:
+    """A page's title with a section's, and how that section begins."""
+    for section in wikipedia.sections():
+        title = f"{section.page}: {section.title}" if section.title else section.page
+        yield Pair(title, " ".join(split(section.paragraphs[0])[:3]))
+
+
+def neighbours() -> Iterator[Pair]:
+    """A sentence and the next of its paragraph."""
+    for section in wikipedia.sections():
+        for paragraph in section.paragraphs:
+            sentences = [sentence for sentence in split(paragraph) if len(sentence.split()) >= _LEAST_WORDS]
+            yield from (Pair(*two) for two in zip(sentences[::2], sentences[1::2], strict=False))
+
+
+def _siblings(senses: list[Synset]) -> dict[str | None, list[Synset]]:
+    """Senses by what they are a kind of; those that are a kind of nothing have no siblings."""
+    found: dict[str | None, list[Synset]] = defaultdict(list)
+    for sense in senses:
+        if sense.parent is not None:
+            found[sense.parent].append(sense)
+    return found
+
+
+def _holds(text: str, word: str) -> bool:
+    return re.search(rf"\b{re.escape(word)}\b", text) is not None
+
+
+def _replaced(text: str, word: str, other: str) -> str:
+    return re.sub(rf"\b{re.escape(word)}\b", lambda _: other, text, count=1)
+
+
+def write(pairs: list[Pair], path: Path) -> None:
+    """A JSON object a line, with the columns that `llm2vec-fast train contrastive` reads; beside, then renamed."""
+    beside = path.with_suffix(".tmp")
+    rows = ({name: text for name, text in pair._asdict().items() if text is not None} for pair in pairs)
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,76 @@
+"""The table, the learning curves, and the JSON file they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import machine, markdown_table, update_readme, write_json
+from benchmarks.reproduce.measure import ENCODERS, TASKS
+from benchmarks.reproduce.stages import CONFIG, seconds_of
+
+RESULTS = Path(__file__).parent.parent / "results"
+STAGES = ("mntp", "simcse", "contrastive")
+_PEER = "MiniLM-L6, for scale"
+
+
+def publish(folder: Path) -> None:
+    """Write what is measured so far into benchmarks/results and the README."""
+    scores = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "scores").glob("*.json")}
+    minutes = {stage: round(seconds_of(stage, folder) / 60, 1) for stage in STAGES}
+    curves = {stage: found for stage in STAGES if (found := learning_curve(folder / stage))}
+    content = {"machine": machine(), "configuration": CONFIG, "scores": scores, "minutes": minutes, "curves": curves}
+    write_json(RESULTS / "reproduce.json", content)
+    if curves:
+        plot(curves, RESULTS / "learning-curves.png")
+    about = content["machine"]
+    note = (
+        f"STS-B: Spearman × 100; POS and chunks: accuracy; NER: F1 of entities. {about['processor']}, "
+        f"{about['cores']} cores, PyTorch {about['torch']}, transformers {about['transformers']}, {about['date']}; "
+        + ", ".join(f"{stage} {spent:.0f} min" for stage, spent in minutes.items() if spent)
+        + "."
+    )
+    update_readme("reproduce", f"{markdown_table(rows(scores))}\n\n{note}")
+
+
+def rows(scores: dict[str, Any]) -> list[dict[str, str]]:
+    """A row an encoder; what is not measured yet is a dash."""
+    found = []
+    for encoder in ENCODERS:
+        words = scores.get(f"{encoder.name}-words", {})
+        found.append(
+            {"": encoder.title, "STS-B test": _shown(scores.get(f"{encoder.name}-sts"))}
+            | {f"CoNLL {task}": _shown(words.get(task)) for task in TASKS}
+        )
+    peer = {"": _PEER, "STS-B test": _shown(scores.get("minilm-sts"))}
+    return [*found, peer | {f"CoNLL {task}": "–" for task in TASKS}]
+
+
+def learning_curve(stage: Path) -> list[tuple[int, float]]:
+    """Step and loss of every line of a stage's log."""
+    path = stage / "trainer_state.json"
+    if not path.exists():
+        return []
+    history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    return [(line["step"], line["loss"]) for line in history if "loss" in line]
+
+
+def plot(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """The loss of each stage by its steps, side by side."""
+    import matplotlib
+
+    matplotlib.use("agg")  # no screen
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False, layout="constrained")
+    for axis, (stage, points) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(*zip(*points, strict=True), linewidth=1.2)
+        axis.set(title=stage, xlabel="step", ylabel="loss")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _shown(scores: dict[str, float] | None) -> str:
+    return "–" if scores is None else f"{scores['test']:.1f}"
