@@ -14,8 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2vec_fast.errors import UserError
 
-# What writers raise where the disk is full: safetensors and torch wrap the system's own error.
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+# safetensors and torch wrap the system's own error; torch's is a RuntimeError that names its writer.
+WRITE_ERRORS = (OSError, SafetensorError)
+_TORCH_WRITER = "inline_container"
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -37,7 +38,9 @@ def whole_or_gone(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except WRITE_ERRORS as error:
+    except (*WRITE_ERRORS, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error):
+            raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         before = last_checkpoint(checkpoint.parent)
         kept = f"goes on from {Path(before).name}" if before else "begins anew, for there is no earlier checkpoint"

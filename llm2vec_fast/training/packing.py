@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llm2vec_fast.tokenization import TextTokenizer
+from llm2vec_fast.tokenization import TextTokenizer, check_room
 
 
 def pack(tokenizer: TextTokenizer, texts: Sequence[tuple[str, str]], views: int = 1) -> dict[str, Tensor]:
@@ -22,8 +22,12 @@ def pack(tokenizer: TextTokenizer, texts: Sequence[tuple[str, str]], views: int 
     Returns:
         ``input_ids`` (1, T), ``lengths`` (views · N,) and ``skip`` (views · N,), leading tokens that pooling leaves
         out; int64.
+
+    Raises:
+        UserError: an instruction fills all of the tokens that a text may have.
     """
     tokens = tokenizer(texts)
+    check_room(tokens, texts, 0, tokenizer.max_length)
     ids = torch.cat([torch.from_numpy(row) for row in tokens.ids])
     return {
         "input_ids": ids.repeat(views)[None],

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import StageArguments
-from llm2vec_fast.training.checkpoints import last_checkpoint, reason_of, whole_or_gone
+from llm2vec_fast.training.checkpoints import WRITE_ERRORS, last_checkpoint, reason_of, whole_or_gone
 from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.models import StageModel
 from llm2vec_fast.training.output import save_encoder
@@ -76,7 +75,7 @@ def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> 
         if arguments.validation_file:
             trainer.save_metrics("eval", trainer.evaluate())
         save_encoder(trainer, arguments, stage)
-    except (OSError, SafetensorError) as error:
+    except WRITE_ERRORS as error:
         raise UserError(
             f"{folder} cannot be written: {reason_of(error)}; make room and start again, training goes on from the "
             "last checkpoint"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,13 @@ import pytest
 import torch
 from numerics import assert_error_within
 from reference_data import FOLDER, TEXTS, arrays, assert_matches
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, normalize
 
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.kernels import contrastive_loss
 from llm2vec_fast.training.arguments import ContrastiveArguments
-from llm2vec_fast.training.checkpoints import last_checkpoint
+from llm2vec_fast.training.checkpoints import last_checkpoint, whole_or_gone
 from llm2vec_fast.training.contrast import ContrastiveTrainer, load_embedding_model
 from llm2vec_fast.training.contrastive import PairCollator, train_contrastive
 from llm2vec_fast.training.embedding import Embedded
@@ -165,6 +168,21 @@ def test_matryoshka_widths_count_by_their_weights(given: Settings) -> None:
     assert_error_within(loss, plain(rows), plain(rows.double()), name="loss")
 
 
+@pytest.mark.parametrize(
+    "option", [{"symmetric": True}, {"query_negatives": True}, {"false_negative_margin": 0.05}, {"learn_scale": True}]
+)
+def test_options_of_the_loss_reach_it(given: Settings, option: dict[str, object]) -> None:
+    arguments = ContrastiveArguments(**given(scale=5.0, **option))
+    stage, _ = load_embedding_model(arguments)
+    trainer = ContrastiveTrainer(stage, arguments, [30], train_dataset=TEXTS)
+    rows, ids = torch.randn(12, 64, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    scale = torch.tensor(3.0) if "learn_scale" in option else None
+    loss = trainer._loss(Embedded(rows, scale), 4, ids)
+    rule = {"scale": 3.0} if scale is not None else {"scale": 5.0, **option}
+    assert torch.equal(loss, contrastive_loss(rows[:4], rows[4:], ids=ids, **rule))
+    assert not torch.equal(loss, contrastive_loss(rows[:4], rows[4:], ids=ids, scale=5.0))
+
+
 def test_every_batch_is_of_one_data_set() -> None:
     sampler = OneSetAtATime([10, 25, 3], batch=4, seed=1)
     order = list(sampler)
@@ -281,6 +299,43 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def save_tensors(path: Path) -> None:
+    save_file({"x": torch.ones(100_000)}, path)
+
+
+def save_pickle(path: Path) -> None:
+    torch.save({"x": torch.ones(100_000)}, path)
+
+
+def save_bytes(path: Path) -> None:
+    path.write_bytes(bytes(400_000))
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Writing beyond so many bytes fails, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("save", [save_tensors, save_pickle, save_bytes])
+def test_every_writers_error_is_told(tmp_path: Path, save: Callable[[Path], None]) -> None:
+    folder = tmp_path / "checkpoint-7"
+    folder.mkdir()
+
+    def write() -> None:
+        with whole_or_gone(folder), no_file_above(100_000):
+            save(folder / "file")
+
+    with pytest.raises(UserError, match=r"checkpoint-7 cannot be written: .+; make room, and the same command begins"):
+        write()
+    assert not folder.exists()
+
+
 def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
     for step, state in ((2, "{}"), (10, "{}"), (30, '{"global_st'), (40, None)):
         folder = tmp_path / f"checkpoint-{step}"
@@ -300,6 +355,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
         ({"query": " ", "positive": "b"}, {}, "has no row with a text in 'query' and in 'positive'"),
         ({"query": "a", "positive": [""]}, {}, "has no row with a text"),
         ({"query": "a", "positive": "b"}, {"query_instruction": ["x", "y"]}, "query_instruction has 2 values for 1 fi"),
+        (
+            {"query": "a", "positive": "b"},
+            {"query_instruction": "find " * 30, "per_device_train_batch_size": 1},
+            "its instruction fills all of max_length=24 tokens and none of its text is left",
+        ),
         ({"query": "a", "positive": "b"}, {}, "a batch takes 8 rows and the largest training file has 1"),
     ],
 )
