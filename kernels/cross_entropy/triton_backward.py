@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_math import tanh
 from . import configurations
 from .configurations import Configuration
 from .rule import Gradients, Problem
@@ -42,28 +43,54 @@ def _gradient_kernel(p_hidden, p_weight, p_bias, p_labels, p_lse, p_factor, p_gr
     first_entry = tl.program_id(0) // row_tiles * BLOCK_COLUMNS
     # [BLOCK_ROWS, BLOCK_COLUMNS]
     b_x = _logits_tile(p_hidden, p_weight, p_bias, stride_h, stride_w, first_row, first_entry, rows, entries, softcap,
-                       HAS_BIAS, HAS_SOFTCAP, FLOAT32, DESCRIPTORS, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS,
+                       HAS_BIAS, False, FLOAT32, DESCRIPTORS, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS,
                        BLOCK_INNER)  # fmt: skip
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
-    o_column = tl.arange(0, BLOCK_COLUMNS)
-    o_entry = first_entry + o_column
     m_row = o_row < rows
     # [BLOCK_ROWS]; rows past the end have weight zero.
     b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
     b_factor = tl.load(p_factor + o_row, mask=m_row, other=0.0)
     b_grad = tl.load(p_grad + o_row, mask=m_row, other=0.0)
-    b_label = tl.load(p_labels + o_row, mask=m_row, other=-1)
-    b_dx = tl.exp2((b_x - b_lse[:, None]) * LOG2_E) * b_factor[:, None] - (smoothed * b_grad)[:, None]
-    b_dx -= tl.where(o_entry[None, :] == b_label[:, None], (kept * b_grad)[:, None], 0.0)
-    if HAS_SOFTCAP:
-        b_tanh = b_x / softcap
-        b_dx *= 1.0 - b_tanh * b_tanh
-    b_dx = tl.where((o_entry < entries)[None, :], b_dx, 0.0)
+    b_label = tl.load(p_labels + o_row, mask=m_row, other=-1) - first_entry
     p_tile = p_out + first_row.to(tl.int64) * stride_out + first_entry
-    o_tile = tl.arange(0, BLOCK_ROWS)[:, None] * stride_out + o_column[None, :]
-    tl.store(p_tile + o_tile, b_dx.to(p_out.dtype.element_ty))
+    first_sum = row_tile * stride_out + first_entry
+    left = entries - first_entry
+    if BLOCK_COLUMNS < 256:
+        _soften(b_x, b_lse, b_factor, b_grad, b_label, p_tile, p_sums, first_sum, stride_out, left, softcap, smoothed,
+                kept, HAS_SOFTCAP, HAS_SUMS, FLOAT32)  # fmt: skip
+    else:
+        HALF: tl.constexpr = BLOCK_COLUMNS // 2
+        b_first, b_second = halves(b_x)
+        _soften(b_first, b_lse, b_factor, b_grad, b_label, p_tile, p_sums, first_sum, stride_out, left, softcap,
+                smoothed, kept, HAS_SOFTCAP, HAS_SUMS, FLOAT32)  # fmt: skip
+        _soften(b_second, b_lse, b_factor, b_grad, b_label - HALF, p_tile + HALF, p_sums, first_sum + HALF, stride_out,
+                left - HALF, softcap, smoothed, kept, HAS_SOFTCAP, HAS_SUMS, FLOAT32)  # fmt: skip
+
+
+@triton.jit
+def halves(b_tile):
+    """The left and the right half of a tile (rows, columns): worked on in turn they take half the registers."""
+    return tl.split(tl.permute(tl.reshape(b_tile, (b_tile.shape[0], 2, b_tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _soften(b_x, b_lse, b_factor, b_grad, b_label, p_tile, p_sums, first_sum, stride_out, left, softcap, smoothed, kept,
+            HAS_SOFTCAP: tl.constexpr, HAS_SUMS: tl.constexpr, FLOAT32: tl.constexpr):  # fmt: skip
+    """Write the gradient of logits b_x (rows, columns), of which ``left`` columns exist; labels count from the first.
+    The softcap comes here and not before: the registers hold its slope for a part of the tile."""
+    o_column = tl.arange(0, b_x.shape[1])
+    if HAS_SOFTCAP:
+        b_tanh = tanh(b_x / softcap, FLOAT32)
+        b_x = softcap * b_tanh
+    b_dx = tl.exp2((b_x - b_lse[:, None]) * LOG2_E) * b_factor[:, None] - (smoothed * b_grad)[:, None]
+    b_dx -= tl.where(o_column[None, :] == b_label[:, None], (kept * b_grad)[:, None], 0.0)
+    if HAS_SOFTCAP:
+        b_dx *= 1.0 - b_tanh * b_tanh
+    b_dx = tl.where((o_column < left)[None, :], b_dx, 0.0)
+    o_tile = tl.arange(0, b_x.shape[0])[:, None] * stride_out + o_column[None, :]
+    tl.store(p_tile + o_tile, b_dx.to(p_tile.dtype.element_ty))
     if HAS_SUMS:
-        tl.store(p_sums + row_tile * stride_out + o_entry, tl.sum(b_dx, 0))
+        tl.store(p_sums + first_sum + o_column, tl.sum(b_dx, 0))
 
 
 @triton.jit
@@ -109,10 +136,23 @@ def _product_kernel(p_a, p_b, p_out, p_scale, stride_a, stride_b, stride_out, ro
         # [BLOCK_INNER, BLOCK_COLUMNS]
         b_b = _columns_tile(p_b, stride_b, k, inner, first_column, BLOCK_INNER, BLOCK_COLUMNS, WIDTH, DESCRIPTORS)
         b_out = tl.dot(b_a, b_b, b_out, input_precision=PRECISION)
-    p_tile, m_out = _target(p_out, stride_out, first_row, first_column, rows, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS)
     if HAS_SCALE:
         b_out *= tl.load(p_scale)
-    if ACCUMULATE and not DESCRIPTORS:
+    ADD: tl.constexpr = ACCUMULATE and not DESCRIPTORS
+    if BLOCK_COLUMNS < 256:
+        _write(b_out, p_out, stride_out, first_row, first_column, rows, WIDTH, ADD)
+    else:
+        HALF: tl.constexpr = BLOCK_COLUMNS // 2
+        b_first, b_second = halves(b_out)
+        _write(b_first, p_out, stride_out, first_row, first_column, rows, WIDTH, ADD)
+        _write(b_second, p_out, stride_out, first_row, first_column + HALF, rows, WIDTH, ADD)
+
+
+@triton.jit
+def _write(b_out, p_out, stride, first_row, first_column, rows, WIDTH: tl.constexpr, ADD: tl.constexpr):
+    """Write a tile of out, or add it to what is there."""
+    p_tile, m_out = _target(p_out, stride, first_row, first_column, rows, WIDTH, b_out.shape[0], b_out.shape[1])
+    if ADD:
         b_out += tl.load(p_tile, mask=m_out, other=0.0)
     tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_out)
 

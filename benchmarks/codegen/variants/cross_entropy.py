@@ -15,12 +15,12 @@ WIDTH = 4096
 OTHER_WIDTHS = (576, 577)  # of the second, rows do not start at multiples of 16 bytes
 PASSES = ("forward", "gradient", "hidden", "weight")
 RULES = ("softcap", "all")
-# The accumulators fill the register file; what is spilled is read and written after the loop.
+# The accumulators fill the register file; what is spilled is read and written after the loop. Who spills differs between
+# Triton 3.9 and 3.6.
 ALLOWANCES = {
-    ("cross-entropy-gradient-d4096-bfloat16-softcap", "sm_90"): Allowance("softcap's slope", spilled_bytes=424),
-    ("cross-entropy-gradient-d4096-bfloat16-softcap", "sm_80"): Allowance("softcap's slope", spilled_bytes=632),
-    ("cross-entropy-gradient-d4096-bfloat16-all", "sm_90"): Allowance("every option at once", spilled_bytes=856),
-    ("cross-entropy-gradient-d4096-bfloat16-all", "sm_80"): Allowance("every option at once", spilled_bytes=280),
+    ("cross-entropy-gradient-d4096-bfloat16-softcap", "sm_80"): Allowance("softcap's slope", spilled_bytes=56),
+    ("cross-entropy-gradient-d4096-bfloat16-all", "sm_80"): Allowance("every option at once", spilled_bytes=48),
+    ("cross-entropy-gradient-d4096-bfloat16-all", "sm_90"): Allowance("every option at once", spilled_bytes=16),
 }
 
 
