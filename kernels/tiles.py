@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from .once import once_a_layout
 
 FIELDS = 5
 PADDED_TO = 128
@@ -31,27 +32,13 @@ class TileTable:
     padded_rows: int
 
 
-_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
+@once_a_layout
 def tile_table(starts: Tensor, lengths: Tensor, block: int) -> TileTable:
     """The tiles of ``block`` positions of every sequence; made once for a pair of tensors, however many layers ask.
 
     Tiles of one sequence lie next to each other, so that programs that run together read the same keys; the longest
     sequences come first, so that no long program starts last. It reads the lengths on the host: one synchronisation.
     """
-    made = _tables.setdefault(lengths, {})
-    versions = (_version(starts), _version(lengths))
-    if block in made:
-        made_from, made_at, table = made[block]
-        if made_from is starts and made_at == versions:
-            return table
-    table = _build(starts, lengths, block)
-    made[block] = (starts, versions, table)
-    return table
-
-
-def _build(starts: Tensor, lengths: Tensor, block: int) -> TileTable:
     host_starts, host_lengths = torch.stack([starts, lengths]).to("cpu", torch.int64)
     order = host_lengths.argsort(descending=True, stable=True)
     tiles = (host_lengths[order] + block - 1) // block
@@ -65,7 +52,3 @@ def _build(starts: Tensor, lengths: Tensor, block: int) -> TileTable:
     return TileTable(
         rows.to(lengths.device, torch.int32), sequence.shape[0], int(host_lengths.sum()), int(padded.sum())
     )
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

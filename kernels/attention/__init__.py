@@ -89,11 +89,11 @@ def attention(
         return (out, lse) if return_lse else out
     seed = _seed_tensor(seed, q.device) if dropout_p else None
     if choice == "triton":
-        out, lse = attention_operator(
+        out, sums = attention_operator(
             q, k, v, layout.starts, layout.lengths, seed, causal, -1 if window is None else window, softcap or 0.0,
             scale, threshold_of(dropout_p),
         )  # fmt: skip
-        return (out, lse.detach().T * math.log(2)) if return_lse else out
+        return (out, sums[0].detach().T * math.log(2)) if return_lse else out
     if choice == "blocked":
         threshold = threshold_of(dropout_p)
         out, lse = attention_blocked(q, k, v, layout, threshold=threshold, seed=seed, return_lse=return_lse, **settings)

@@ -7,6 +7,7 @@ from enum import Enum
 from functools import cache
 
 import torch
+from torch import Tensor
 
 MAX_HEAD_DIM = 256
 
@@ -114,8 +115,10 @@ _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
         256: (_C(64, 16, 8, 2), _C(64, 16, 8, 2), _C(64, 16, 8, 2)),
     },
 }
-# 128 × 64 spills 232 bytes there: logits come from tensor memory all at once.
+# Plain ones that take their rule's configuration: 128 × 64 spills 232 bytes on sm_100, where logits come from tensor
+# memory all at once; 64 × 64 with 4 warps spills 40 bytes with Triton 3.6 (645 wi/MF rather than 380, then).
 _TIGHT_ON_SM_100 = {("backward_keys", 64)}
+_TIGHT_ON_OLD_TRITON = {("backward_keys", 128)}
 # Where sm_90 must read by pointers, its wgmmas keep more in registers: smaller tiles.
 _POINTERS_WGMMA: dict[str, dict[int, tuple[Configuration, ...]]] = {
     "forward": {
@@ -153,10 +156,12 @@ _AMD: dict[str, dict[int, tuple[Configuration, ...]]] = {
     },
 }
 # float32 products use no tensor core (unless TF32 is allowed): every element of a tile passes through registers.
+# Forward and dQ take equal tiles, so that they compute equal scores to the last bit: weights then add up to 1 in both,
+# whatever a score of 10,000 has lost by rounding.
 _FLOAT32: dict[str, dict[int, Configuration]] = {
     "forward": {64: _C(16, 32, 4, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1)},
-    "backward_keys": {64: _C(16, 32, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
-    "backward_queries": {64: _C(32, 16, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+    "backward_keys": {64: _C(16, 32, 4, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 2)},
+    "backward_queries": {64: _C(16, 32, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
 }
 
 
@@ -195,18 +200,24 @@ def _choose(
         table = _DESCRIBED if describable else _POINTERS_WGMMA
     else:
         table = _POINTERS
-    if architecture.startswith("sm_100") and table is _DESCRIBED and demand is Demand.PLAIN:
-        demand = Demand.RULED if (kernel, width) in _TIGHT_ON_SM_100 else demand
+    if table is _DESCRIBED and demand is Demand.PLAIN:
+        tight = _TIGHT_ON_SM_100 if architecture.startswith("sm_100") else _TIGHT_ON_OLD_TRITON if _old_triton() else ()
+        demand = Demand.RULED if (kernel, width) in tight else demand
     config = table[kernel][width][demand.value]
     return replace(config, split=block_d(head_dim) > 64)
 
 
-@cache
-def architecture_of(device: torch.device) -> str:
-    """The architecture's name for a device; the CPU, where Triton only interprets, counts as sm_80."""
-    if device.type == "cuda" and torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    if device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(device)
-        return f"sm_{major}0"
-    return "sm_80"
+def _old_triton() -> bool:
+    """Whether the compiler is one that keeps more in registers; 3.6 was measured, 3.9 is new enough."""
+    import triton  # where it is missing, no configuration is asked for
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+
+def sums_like(q: Tensor) -> Tensor:
+    """What the forward kernel leaves for the backward ones, for q (T, Hq, D): a new (1 or 3, Hq, T) float32.
+
+    First each row's log-sum-exp to base 2. Of float32 inputs also the two that it is made of, for their sum rounds away
+    what the gradients need where logits are large: the largest score, and the sum of weights relative to that one's.
+    """
+    return q.new_empty((3 if q.dtype == torch.float32 else 1, q.shape[1], q.shape[0]), dtype=torch.float32)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import configurations
+
 
 @torch.library.custom_op("llm2vec_fast::attention", mutates_args=())
 def attention_operator(
@@ -25,7 +27,8 @@ def attention_operator(
     scale: float,
     threshold: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, Hq, D) and log-sum-exp to base 2 (Hq, T); only the first is differentiable."""
+    """Output (T, Hq, D) and `configurations.sums_like`, of which the first is the log-sum-exp to base 2 (Hq, T); only
+    the output is differentiable."""
     from .triton import attention_forward
 
     return attention_forward(q, k, v, starts, lengths, _rule(causal, window, softcap, scale, threshold, seed))
@@ -33,7 +36,7 @@ def attention_operator(
 
 @attention_operator.register_fake
 def _(q, k, v, starts, lengths, seed, causal, window, softcap, scale, threshold):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return q.new_empty(q.shape), configurations.sums_like(q)
 
 
 @torch.library.custom_op("llm2vec_fast::attention_backward", mutates_args=())
@@ -43,7 +46,7 @@ def attention_backward_operator(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     starts: Tensor,
     lengths: Tensor,
     seed: Tensor | None,
@@ -57,19 +60,19 @@ def attention_backward_operator(
     from .triton_backward import attention_backward
 
     rule = _rule(causal, window, softcap, scale, threshold, seed)
-    return attention_backward(grad, q, k, v, out, lse, starts, lengths, rule)
+    return attention_backward(grad, q, k, v, out, sums, starts, lengths, rule)
 
 
 @attention_backward_operator.register_fake
-def _(grad, q, k, v, out, lse, starts, lengths, seed, causal, window, softcap, scale, threshold):
+def _(grad, q, k, v, out, sums, starts, lengths, seed, causal, window, softcap, scale, threshold):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, starts, lengths, seed, *ctx.rule = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, starts, lengths, seed)
+    out, sums = output
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(q, k, v, out, sums, starts, lengths, seed)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

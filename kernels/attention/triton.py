@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch
 from ..tiles import TileTable, tile_table
 from . import configurations
 from .triton_launch import Rule, describable, readable, sources, strides
 from .triton_parts import (
     _add_product,
     _exponent_scale,
+    _exponents,
     _kept,
     _key_range,
     _load_rows,
@@ -43,7 +44,9 @@ def _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softc
             MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
             HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr,
             BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
-    """Add the keys first_k … first_k + BLOCK_K to the running softmax, (accumulator, sum, maximum)."""
+    """Add the keys first_k … first_k + BLOCK_K to the running softmax, (accumulator, sum, maximum of exponents, or in
+    float32 of scores)."""
+    EXACT: tl.constexpr = b_q[0].dtype == tl.float32
     b_acc, b_sum, b_max = state
     # [BLOCK_K, D]
     b_k = _load_rows(keys, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
@@ -54,9 +57,13 @@ def _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softc
         b_s = tl.where(_visible(o_q[:, None], o_k[None, :], length, window, CAUSAL, HAS_WINDOW), b_s, float("-inf"))
     factor = _exponent_scale(scale, softcap, HAS_SOFTCAP)
     # [BLOCK_Q]
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * factor)
-    b_p = tl.exp2(tl.fma(b_s, factor, -b_new_max[:, None]))
-    b_shrink = tl.exp2(b_max - b_new_max)
+    if EXACT:
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_shrink = tl.exp2((b_max - b_new_max) * factor)
+    else:
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * factor)
+        b_shrink = tl.exp2(b_max - b_new_max)
+    b_p = tl.exp2(_exponents(b_s, -b_new_max[:, None], factor, EXACT))
     b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
     if HAS_DROPOUT:
         b_p = tl.where(_kept(random, o_q, first_k, BLOCK_Q, BLOCK_K), b_p, 0.0)
@@ -67,14 +74,14 @@ def _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softc
 
 
 @triton.jit(do_not_specialize=["window", "rows", "threshold"])
-def _forward_kernel(p_q, p_k, p_v, p_k_rest, p_v_rest, p_out, p_lse, p_tiles, p_seed,
+def _forward_kernel(p_q, p_k, p_v, p_k_rest, p_v_rest, p_out, p_sums, p_tiles, p_seed,
                     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh,
                     rows, window, scale, softcap, threshold, gain,
                     UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
                     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
                     DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
-    """One program: a tile of queries of one sequence and one head. Writes out (T, Hq, D) and lse (Hq, T), to base 2."""
+    """One program: a tile of queries of one sequence and one head. Writes out (T, Hq, D) and sums (1 or 3, Hq, T)."""
     sequence, first_q, start, length, _padded_start = _load_tile(p_tiles)
     head = tl.program_id(1)
     keys = _rows_of(p_k, p_k_rest, stride_k, stride_kh, start, length, head // GROUP, UNIT, DESCRIBED)
@@ -117,27 +124,31 @@ def _forward_kernel(p_q, p_k, p_v, p_k_rest, p_v_rest, p_out, p_lse, p_tiles, p_
         b_scale *= gain
     outs = _rows_of(p_out, None, stride_o, stride_oh, start, length, head, UNIT, False)
     _store_rows(outs, first_q, _times(b_acc, b_scale[:, None], BLOCK_E), HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
-    tl.store(p_lse + head.to(tl.int64) * rows + start + o_q, b_max + tl.log2(b_sum), mask=m_q)
+    p_sums += head.to(tl.int64) * rows + start
+    if b_q[0].dtype == tl.float32:
+        part = tl.num_programs(1).to(tl.int64) * rows
+        tl.store(p_sums + part + o_q, b_max, mask=m_q)
+        tl.store(p_sums + 2 * part + o_q, b_sum, mask=m_q)
+        b_max *= _exponent_scale(scale, softcap, HAS_SOFTCAP)
+    tl.store(p_sums + o_q, b_max + tl.log2(b_sum), mask=m_q)
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, Hq, D) and log-sum-exp to base 2 (Hq, T) float32; rows in no sequence hold 0 and −inf."""
+    """Output (T, Hq, D) and `configurations.sums_like`; rows in no sequence hold 0 and −inf."""
     rows, heads, head_dim = q.shape
     q, k, v = (readable(x) for x in (q, k, v))
-    config = configurations.forward(
-        head_dim, q.dtype, configurations.architecture_of(q.device), describable(k, v), rule.demand
-    )
+    config = configurations.forward(head_dim, q.dtype, launch.architecture_of(q.device), describable(k, v), rule.demand)
     table = tile_table(starts, lengths, config.block_q)
     padded = table.tokens < rows
     out = q.new_zeros(q.shape) if padded else q.new_empty(q.shape)
-    lse = q.new_empty((heads, rows), dtype=torch.float32)
+    sums = configurations.sums_like(q)
     if padded:
-        lse.fill_(float("-inf"))
+        sums.fill_(float("-inf"))
     if table.count > 0:
-        _forward_kernel[(table.count, heads)](**forward_arguments(q, k, v, out, lse, table, config, rule))
-    return out, lse
+        _forward_kernel[(table.count, heads)](**forward_arguments(q, k, v, out, sums, table, config, rule))
+    return out, sums
 
 
 def forward_arguments(
@@ -145,14 +156,14 @@ def forward_arguments(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     table: TileTable,
     config: configurations.Configuration,
     rule: Rule,
 ) -> dict[str, Any]:
     """What `_forward_kernel` is launched with, by name; the ahead-of-time report compiles the same."""
     return {
-        "p_q": q, **sources(config, config.block_k, k=k, v=v), "p_out": out, "p_lse": lse, "p_tiles": table.rows,
+        "p_q": q, **sources(config, config.block_k, k=k, v=v), "p_out": out, "p_sums": sums, "p_tiles": table.rows,
         "rows": q.shape[0], **strides(q=q, k=k, v=v, o=out), **rule.arguments(q, k),
         **config.arguments(q.shape[2]),
     }  # fmt: skip

@@ -2,8 +2,9 @@
 
 One kernel gives dK and dV: a program holds a tile of keys of one key head and walks over the queries of every query
 head of its group, so that nothing is shared. The other gives dQ: a program holds a tile of queries and walks over the
-keys. Both recompute the weights from the log-sum-exp, which is +inf past the end of a sequence: a query that does
-not exist has weight zero, without a mask.
+keys. Both recompute the weights from the log-sum-exp (in float32 from its two parts), which is +inf past the end of a
+sequence: a query that does not exist has weight zero, without a mask. It is kept negated: Triton 3.6 subtracts it by
+instructions, and registers, of their own.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch
 from ..tiles import PADDED_TO, TileTable, tile_table
 from . import configurations
 from .triton_launch import Rule, describable, readable, sources, strides
 from .triton_parts import (
+    PADDING,
     _add_product,
     _exponent_scale,
+    _exponents,
     _inner,
     _kept,
     _key_range,
@@ -34,12 +38,14 @@ from .triton_parts import (
 )
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows"])
-def _prepare_kernel(p_grad, p_out, p_lse, p_delta, p_padded_lse, p_tiles, rows, padded_rows,
+@triton.jit(do_not_specialize=["rows", "padded_blocks"])
+def _prepare_kernel(p_grad, p_out, p_sums, p_rows, p_tiles, rows, padded_blocks,
                     stride_g, stride_gh, stride_o, stride_oh,
                     UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
                     BLOCK_D: tl.constexpr):  # fmt: skip
-    """delta = Σ dO·O a row and the log-sum-exp, both (Hq, padded_rows) with each sequence padded: no masks later."""
+    """The numbers of every row, (Hq, 2 or 3, padded_rows) with each sequence padded, so that no kernel masks them:
+    minus the log-sum-exp, delta = Σ dO·O; in float32 minus the largest score, delta, one over the sum of weights."""
+    EXACT: tl.constexpr = p_grad.dtype.element_ty == tl.float32
     _sequence, first_q, start, length, padded_start = _load_tile(p_tiles)
     head = tl.program_id(1)
     grads = _rows_of(p_grad, None, stride_g, stride_gh, start, length, head, UNIT, False)
@@ -51,10 +57,22 @@ def _prepare_kernel(p_grad, p_out, p_lse, p_delta, p_padded_lse, p_tiles, rows, 
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
     o_q = first_q + tl.arange(0, BLOCK_Q)
     head = head.to(tl.int64)
-    b_lse = tl.load(p_lse + head * rows + start + o_q, mask=o_q < length, other=float("inf"))
-    target = head * padded_rows + padded_start
-    tl.store(p_delta + target + o_q, b_delta)
-    tl.store(p_padded_lse + target + o_q, b_lse)
+    part = tl.num_programs(1).to(tl.int64) * rows
+    p_sums += head * rows + start + (part if EXACT else 0)
+    p_shift, p_delta, p_inverse = _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT)
+    tl.store(p_shift + o_q, -tl.load(p_sums + o_q, mask=o_q < length, other=float("inf")))
+    tl.store(p_delta + o_q, b_delta)
+    if EXACT:
+        tl.store(p_inverse + o_q, tl.div_rn(1.0, tl.load(p_sums + part + o_q, mask=o_q < length, other=1.0)))
+
+
+@triton.jit
+def _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT: tl.constexpr):
+    """Where one head's numbers of a sequence's rows start, as `_prepare_kernel` wrote them: (shift, delta, inverse)."""
+    padded_rows = padded_blocks.to(tl.int64) * PADDING  # a factor that Triton sees, so that they are read aligned
+    p_shift = p_rows + head * (3 if EXACT else 2) * padded_rows + padded_start
+    p_delta = p_shift + padded_rows
+    return p_shift, p_delta, p_delta + padded_rows
 
 
 @triton.jit
@@ -90,7 +108,7 @@ def _capped_slope(b_s, b_grad, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, p_lse, p_delta, first_q, first_k, length, window, scale,
+def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k, length, window, scale,
                  softcap, random,
                  MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                  HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -100,11 +118,15 @@ def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, p_lse, p_delta, first_q, 
     o_q = first_q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, D]
     b_q = _load_rows(queries, first_q, MASKED, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
+    p_shift, p_delta, p_inverse = numbers
     # [BLOCK_Q]
-    b_lse = tl.load(p_lse + o_q)
+    b_shift = tl.load(p_shift + o_q)
     # [BLOCK_K, BLOCK_Q]: K·Qᵀ rather than a transposed Q·Kᵀ, so that Pᵀ needs no trip through shared memory.
     b_s = _scores(b_k, b_q, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_E)
-    b_p = tl.exp2(tl.fma(b_s, _exponent_scale(scale, softcap, HAS_SOFTCAP), -b_lse[None, :]))
+    EXACT: tl.constexpr = b_k[0].dtype == tl.float32
+    b_p = tl.exp2(_exponents(b_s, b_shift[None, :], _exponent_scale(scale, softcap, HAS_SOFTCAP), EXACT))
+    if EXACT:
+        b_p *= tl.load(p_inverse + o_q)[None, :]
     if MASKED and (CAUSAL or HAS_WINDOW):
         o_k = first_k + tl.arange(0, BLOCK_K)
         b_p = tl.where(_visible(o_q[None, :], o_k[:, None], length, window, CAUSAL, HAS_WINDOW), b_p, 0.0)
@@ -125,10 +147,10 @@ def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, p_lse, p_delta, first_q, 
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["window", "padded_rows", "threshold"])
-def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_lse, p_delta, p_dk, p_dv, p_tiles, p_seed,
+@triton.jit(do_not_specialize=["window", "padded_blocks", "threshold"])
+def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_rows, p_dk, p_dv, p_tiles, p_seed,
                   stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_g, stride_gh, stride_d,
-                  stride_dh, padded_rows, window, scale, softcap, threshold, gain,
+                  stride_dh, padded_blocks, window, scale, softcap, threshold, gain,
                   UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
                   HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
                   DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -153,27 +175,26 @@ def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_lse, p_delta, 
         head = kv_head * GROUP + member
         queries = _rows_of(p_q, p_q_rest, stride_q, stride_qh, start, length, head, UNIT, DESCRIBED)
         grads = _rows_of(p_grad, p_grad_rest, stride_g, stride_gh, start, length, head, UNIT, DESCRIBED)
-        p_head_lse = p_lse + head.to(tl.int64) * padded_rows + padded_start
-        p_head_delta = p_delta + head.to(tl.int64) * padded_rows + padded_start
+        numbers = _row_numbers(p_rows, head, padded_start, padded_blocks, b_k[0].dtype == tl.float32)
         random = (0, 0, 0, 0, 0)
         if HAS_DROPOUT:
             random = (tl.load(p_seed), threshold, gain, sequence, head)
         if TAIL_FIRST:
             for first_q in range(full_high, high, BLOCK_T):
                 b_dk, b_dv = _add_queries(
-                    b_dk, b_dv, b_k, b_v, queries, grads, p_head_lse, p_head_delta, first_q, first_k, length, window,
+                    b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k, length, window,
                     scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
                     HEAD_DIM, BLOCK_T, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
         for first_q in range(full_low, length if ALL_FULL else full_high, BLOCK_Q):
             b_dk, b_dv = _add_queries(
-                b_dk, b_dv, b_k, b_v, queries, grads, p_head_lse, p_head_delta, first_q, first_k, length, window,
+                b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k, length, window,
                 scale, softcap, random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
                 HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
         if not ALL_FULL and not TAIL_FIRST:
             for step in range(low, high - skipped, BLOCK_Q):
                 first_q = _masked_tile(step, full_low, skipped, CAUSAL or HAS_WINDOW)
                 b_dk, b_dv = _add_queries(
-                    b_dk, b_dv, b_k, b_v, queries, grads, p_head_lse, p_head_delta, first_q, first_k, length, window,
+                    b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k, length, window,
                     scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
                     HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
 
@@ -184,7 +205,7 @@ def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_lse, p_delta, 
 
 
 @triton.jit
-def _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale, softcap, random,
+def _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, window, scale, softcap, random,
               MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
               HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr,
               BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
@@ -194,7 +215,11 @@ def _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, len
     b_v = _load_rows(values, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
     # [BLOCK_Q, BLOCK_K]
     b_s = _scores(b_q, b_k, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_E)
-    b_p = tl.exp2(tl.fma(b_s, _exponent_scale(scale, softcap, HAS_SOFTCAP), -b_lse[:, None]))
+    b_shift, b_delta, b_inverse = numbers
+    EXACT: tl.constexpr = b_q[0].dtype == tl.float32
+    b_p = tl.exp2(_exponents(b_s, b_shift[:, None], _exponent_scale(scale, softcap, HAS_SOFTCAP), EXACT))
+    if EXACT:
+        b_p *= b_inverse[:, None]
     if MASKED:
         # Keys past the end are zeros: unmasked, their weight 2^−lse would overflow where every logit is very negative.
         o_k = first_k + tl.arange(0, BLOCK_K)
@@ -207,10 +232,10 @@ def _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, len
     return _add_product(b_dq, b_ds, b_k, PRECISION, BLOCK_E)
 
 
-@triton.jit(do_not_specialize=["window", "padded_rows", "threshold"])
-def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_lse, p_delta, p_dq, p_tiles, p_seed,
+@triton.jit(do_not_specialize=["window", "padded_blocks", "threshold"])
+def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_rows, p_dq, p_tiles, p_seed,
                stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_g, stride_gh, stride_d,
-               stride_dh, padded_rows, window, scale, softcap, threshold, gain,
+               stride_dh, padded_blocks, window, scale, softcap, threshold, gain,
                UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
                HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
                DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -227,8 +252,10 @@ def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_lse, p_delta, p_dq, 
     b_grad = _load_rows(grads, first_q, True, False, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
     o_q = first_q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q]
-    b_lse = tl.load(p_lse + head.to(tl.int64) * padded_rows + padded_start + o_q)
-    b_delta = tl.load(p_delta + head.to(tl.int64) * padded_rows + padded_start + o_q)
+    EXACT: tl.constexpr = b_q[0].dtype == tl.float32
+    p_shift, p_delta, p_inverse = _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT)
+    b_shift = tl.load(p_shift + o_q)
+    numbers = (b_shift, tl.load(p_delta + o_q), tl.load(p_inverse + o_q) if EXACT else b_shift)
     b_dq = _zeros(BLOCK_Q, BLOCK_D, BLOCK_E)
     random = (0, 0, 0, 0, 0)
     if HAS_DROPOUT:
@@ -239,17 +266,17 @@ def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_lse, p_delta, p_dq, 
     TAIL_FIRST: tl.constexpr = BLOCK_T > 0 and not CAUSAL and not HAS_WINDOW and not DESCRIBED
     if TAIL_FIRST:
         for first_k in range(full_high, high, BLOCK_T):
-            b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale,
+            b_dq = _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, window, scale,
                              softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
                              HEAD_DIM, BLOCK_Q, BLOCK_T, BLOCK_D, BLOCK_E)  # fmt: skip
     for first_k in range(full_low, full_high, BLOCK_K):
-        b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale, softcap,
+        b_dq = _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, window, scale, softcap,
                          random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM,
                          BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
     if not TAIL_FIRST:
         for step in range(low, high - skipped, BLOCK_K):
             first_k = _masked_tile(step, full_low, skipped, HAS_WINDOW)
-            b_dq = _add_keys(b_dq, b_q, b_grad, b_lse, b_delta, keys, values, first_k, o_q, length, window, scale,
+            b_dq = _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, window, scale,
                              softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
                              HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
 
@@ -263,40 +290,46 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     starts: Tensor,
     lengths: Tensor,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV from the gradient of the output, the output and the log-sum-exp to base 2 (Hq, T)."""
+    """dQ, dK and dV from the gradient of the output, the output and `configurations.sums_like`."""
     grad, q, k, v = (readable(x) for x in (grad, q, k, v))
-    architecture = configurations.architecture_of(q.device)
+    architecture = launch.architecture_of(q.device)
     table = tile_table(starts, lengths, PADDED_TO)
     new = torch.zeros if table.tokens < q.shape[0] else torch.empty
     dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if table.count == 0:
         return dq, dk, dv
-    padded_lse, delta = _prepare(grad, out, lse, table)
+    numbers = _prepare(grad, out, sums, table)
     config = configurations.backward_keys(q.shape[2], q.dtype, architecture, describable(q, grad), rule.demand)
+    _check_padding(config.block_q, config.tail)
     keys = tile_table(starts, lengths, config.block_k)
-    _dk_dv_kernel[(keys.count, k.shape[1])](
-        **dk_dv_arguments(q, k, v, grad, padded_lse, delta, dk, dv, keys, config, rule)
-    )
+    _dk_dv_kernel[(keys.count, k.shape[1])](**dk_dv_arguments(q, k, v, grad, numbers, dk, dv, keys, config, rule))
     config = configurations.backward_queries(q.shape[2], q.dtype, architecture, describable(k, v), rule.demand)
+    _check_padding(config.block_q)
     queries = tile_table(starts, lengths, config.block_q)
-    _dq_kernel[(queries.count, q.shape[1])](**dq_arguments(q, k, v, grad, padded_lse, delta, dq, queries, config, rule))
+    _dq_kernel[(queries.count, q.shape[1])](**dq_arguments(q, k, v, grad, numbers, dq, queries, config, rule))
     return dq, dk, dv
 
 
-def _prepare(grad: Tensor, out: Tensor, lse: Tensor, table: TileTable) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp and delta, each (Hq, padded rows) float32."""
-    padded_lse, delta = (lse.new_empty((lse.shape[0], table.padded_rows)) for _ in range(2))
-    _prepare_kernel[(table.count, lse.shape[0])](
-        p_grad=grad, p_out=out, p_lse=lse, p_delta=delta, p_padded_lse=padded_lse, p_tiles=table.rows,
-        rows=lse.shape[1], padded_rows=table.padded_rows, **strides(g=grad, o=out), HEAD_DIM=out.shape[2],
+def _check_padding(*blocks: int) -> None:
+    """Steps of so many rows stay within a sequence's part of the padded numbers, which kernels read without a mask."""
+    assert all(PADDED_TO % block == 0 for block in blocks if block), f"steps of {blocks} rows do not divide {PADDED_TO}"
+
+
+def _prepare(grad: Tensor, out: Tensor, sums: Tensor, table: TileTable) -> Tensor:
+    """The numbers of every row, (Hq, 2 or 3, padded rows) float32."""
+    parts, heads, rows = sums.shape
+    numbers = sums.new_empty((heads, max(parts, 2), table.padded_rows))
+    _prepare_kernel[(table.count, heads)](
+        p_grad=grad, p_out=out, p_sums=sums, p_rows=numbers, p_tiles=table.rows, rows=rows,
+        padded_blocks=table.padded_rows // PADDED_TO, **strides(g=grad, o=out), HEAD_DIM=out.shape[2],
         BLOCK_Q=PADDED_TO, BLOCK_D=configurations.block_d(out.shape[2]), num_warps=8,
     )  # fmt: skip
-    return padded_lse, delta
+    return numbers
 
 
 def dk_dv_arguments(
@@ -304,8 +337,7 @@ def dk_dv_arguments(
     k: Tensor,
     v: Tensor,
     grad: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    numbers: Tensor,
     dk: Tensor,
     dv: Tensor,
     table: TileTable,
@@ -314,8 +346,8 @@ def dk_dv_arguments(
 ) -> dict[str, object]:
     """What `_dk_dv_kernel` is launched with, by name."""
     return {
-        **sources(config, config.block_q, q=q, grad=grad), "p_k": k, "p_v": v, "p_lse": lse, "p_delta": delta,
-        "p_dk": dk, "p_dv": dv, "p_tiles": table.rows, "padded_rows": lse.shape[1],
+        **sources(config, config.block_q, q=q, grad=grad), "p_k": k, "p_v": v, "p_rows": numbers,
+        "p_dk": dk, "p_dv": dv, "p_tiles": table.rows, "padded_blocks": numbers.shape[2] // PADDED_TO,
         **strides(q=q, k=k, v=v, g=grad, d=dk), **rule.arguments(q, k), **config.arguments(q.shape[2]),
     }  # fmt: skip
 
@@ -325,8 +357,7 @@ def dq_arguments(
     k: Tensor,
     v: Tensor,
     grad: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    numbers: Tensor,
     dq: Tensor,
     table: TileTable,
     config: configurations.Configuration,
@@ -334,7 +365,7 @@ def dq_arguments(
 ) -> dict[str, object]:
     """What `_dq_kernel` is launched with, by name."""
     return {
-        "p_q": q, "p_grad": grad, **sources(config, config.block_k, k=k, v=v), "p_lse": lse, "p_delta": delta,
-        "p_dq": dq, "p_tiles": table.rows, "padded_rows": lse.shape[1], **strides(q=q, k=k, v=v, g=grad, d=dq),
-        **rule.arguments(q, k), **config.arguments(q.shape[2]),
+        "p_q": q, "p_grad": grad, **sources(config, config.block_k, k=k, v=v), "p_rows": numbers, "p_dq": dq,
+        "p_tiles": table.rows, "padded_blocks": numbers.shape[2] // PADDED_TO,
+        **strides(q=q, k=k, v=v, g=grad, d=dq), **rule.arguments(q, k), **config.arguments(q.shape[2]),
     }  # fmt: skip

@@ -10,22 +10,21 @@ import triton
 import triton.language as tl
 from triton.tools.ragged_tma import load_ragged
 
-from ..tiles import FIELDS
+from ..tiles import FIELDS, PADDED_TO
+from ..triton_math import LOG2_E, tanh
 from . import dropout
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 DROPOUT_ROUNDS = tl.constexpr(dropout.ROUNDS)
-# A point that float32 holds exactly, as it does (to 1e-9) its tanh.
-MIDDLE = tl.constexpr(0.783203125)
-TANH_MIDDLE = tl.constexpr(0.6545413742720325)
 TILE_FIELDS = tl.constexpr(FIELDS)
+PADDING = tl.constexpr(PADDED_TO)
 
 
 @triton.jit
 def _load_tile(p_tiles):
     """This program's tile: sequence, first position, sequence's first row, length, first row in padded buffers."""
     p_tile = p_tiles + tl.program_id(0) * TILE_FIELDS
-    return tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3), tl.load(p_tile + 4)
+    padded_start = tl.multiple_of(tl.load(p_tile + 4), PADDING)
+    return tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3), padded_start
 
 
 @triton.jit
@@ -137,32 +136,11 @@ def _add_product(b_acc, b_p, b_x, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr
 
 
 @triton.jit
-def _tanh(x, PRECISE: tl.constexpr):
-    """tanh from exp2: Triton's portable language has none. Below 1.2 the formula cancels, which float32 would show."""
-    size = tl.abs(x)
-    b_tanh = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2_E)) + 1.0)
-    if PRECISE:
-        # The Taylor series to h¹³ on |h| < 0.4, where its remainder is under 4e-9 of the value; 0.4 … 1.2 are reached
-        # from the middle by the addition theorem.
-        b_h = tl.where(size < 0.4, size, size - MIDDLE)
-        square = b_h * b_h
-        b_series = square * (21844.0 / 6081075.0) - 1382.0 / 155925.0
-        b_series = b_series * square + 62.0 / 2835.0
-        b_series = b_series * square - 17.0 / 315.0
-        b_series = b_series * square + 2.0 / 15.0
-        b_series = b_series * square - 1.0 / 3.0
-        b_series = b_series * square * b_h + b_h
-        b_middle = TANH_MIDDLE + (1.0 - TANH_MIDDLE * TANH_MIDDLE) * b_series / (1.0 + TANH_MIDDLE * b_series)
-        b_tanh = tl.where(size < 1.2, tl.where(size < 0.4, b_series, b_middle), b_tanh)
-    return tl.where(x < 0, -b_tanh, b_tanh)
-
-
-@triton.jit
 def _scores(b_q, b_k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr):
     """Logits before the factor of `_exponent_scale`: q·kᵀ, or capped. Rows of q, rows of k → [BQ, BK]."""
     b_s = _inner(b_q, b_k, PRECISION, BLOCK_E)
     if HAS_SOFTCAP:
-        b_s = _tanh(b_s * (scale / softcap), b_q[0].dtype == tl.float32)
+        b_s = tanh(b_s * (scale / softcap), b_q[0].dtype == tl.float32)
     return b_s
 
 
@@ -172,6 +150,19 @@ def _exponent_scale(scale, softcap, HAS_SOFTCAP: tl.constexpr):
     if HAS_SOFTCAP:
         return softcap * LOG2_E
     return scale * LOG2_E
+
+
+@triton.jit
+def _exponents(b_s, b_shift, factor, EXACT: tl.constexpr):
+    """Powers of two from `_scores` and a number a row, which broadcasts.
+
+    That number is one of exponents, added as the scores are multiplied. EXACT: it is one of scores, added first; so
+    equal scores come out as 0, however large they are (an exponent of 10,000 is known to 1e-3 in float32).
+    """
+    if EXACT:
+        return (b_s + b_shift) * factor
+    else:
+        return tl.fma(b_s, factor, b_shift)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..attention.configurations import architecture_of
+from ..launch import architecture_of
 from . import configurations
 from .configurations import Configuration
 from .rule import LogSum, Side, blocks

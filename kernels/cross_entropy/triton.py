@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..attention.configurations import architecture_of
-from ..attention.triton_parts import _tanh
+from ..launch import architecture_of
+from ..triton_math import tanh
 from . import configurations
 from .configurations import Configuration
 from .rule import Problem, Statistics
@@ -67,7 +67,7 @@ def _logits_tile(p_hidden, p_weight, p_bias, stride_h, stride_w, first_row, firs
     if HAS_BIAS:
         b_x += tl.load(p_bias + o_entry, mask=o_entry < entries, other=0.0).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
-        b_x = softcap * _tanh(b_x / softcap, FLOAT32)
+        b_x = softcap * tanh(b_x / softcap, FLOAT32)
     return tl.where((o_entry < entries)[None, :], b_x, float("-inf"))
 
 

@@ -7,6 +7,7 @@ import torch
 from attention_cases import Case, make_layout, three_ways
 from numerics import GRADIENT_FACTOR, assert_error_within
 
+from llm2vec_fast.kernels import launch
 from llm2vec_fast.kernels.attention import attention, configurations
 from llm2vec_fast.kernels.attention.configurations import Configuration, Demand
 from llm2vec_fast.kernels.attention.triton_launch import Rule, describable
@@ -82,7 +83,7 @@ def test_a_descriptor_ends_with_its_sequence(monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100", "gfx942"])
 def test_what_is_chosen_for_other_chips_computes_the_same(monkeypatch, architecture):
-    monkeypatch.setattr(configurations, "architecture_of", lambda _: architecture)
+    monkeypatch.setattr(launch, "architecture_of", lambda _: architecture)
     for head_dim in (64, 80):
         _assert_exact(Case((131, 9), 2, 1, head_dim), torch.float16)
 
@@ -115,6 +116,15 @@ def test_they_are_then_read_by_pointers(choose):
 )
 def test_what_a_rule_demands(rule, demand):
     assert rule.demand is demand
+
+
+@pytest.mark.parametrize("kernel", ["backward_keys", "backward_queries"])
+def test_steps_that_would_read_past_the_padded_rows_are_refused(monkeypatch, kernel):
+    _choose(monkeypatch, Configuration(16, 16, 4, 2))
+    monkeypatch.setattr(configurations, kernel, lambda *_: Configuration(256, 16, 4, 2))
+    case = Case((1,), head_dim=16)
+    with pytest.raises(AssertionError, match="256"):
+        _everything(*case.inputs(torch.float32), case.sequence_layout(), backend="triton")
 
 
 @pytest.mark.parametrize("head_dim", range(16, 257, 8))
