@@ -62,23 +62,53 @@ def update_of_weights(weights: Mapping[str, Tensor], scale: float) -> Update:
     }
 
 
-def joined(updates: Sequence[Update], decoder: nn.Module) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """One adapter that adds the sum of ``updates``: their products side by side, of the sum of their ranks.
+def joined(
+    updates: Sequence[Update], decoder: nn.Module, rank: int | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """One adapter that adds the sum of ``updates``.
+
+    Args:
+        updates: what each of them adds.
+        decoder: what they are put on.
+        rank: of what comes out, the nearest there is to the sum (by singular values, the least sum of squares apart);
+            None for the sum of their ranks, which is exact.
 
     Returns:
         Its configuration, which names no base yet, and its weights, float32, for the decoder alone.
     """
-    ranks = [max(part.down.shape[0] for part in update.values()) for update in updates]
+    total = _sum(updates)
+    if rank is not None:
+        total = {layer: _cut(part, rank) for layer, part in total.items()}
     weights = {}
+    for layer, part in total.items():
+        weights[f"{_PREFIX}{layer}.lora_B.weight"] = part.up.contiguous()
+        weights[f"{_PREFIX}{layer}.lora_A.weight"] = part.down.contiguous()
+    rank = next(iter(total.values())).down.shape[0]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_targets(set(total), decoder), bias="none")
+    return config, weights
+
+
+def _sum(updates: Sequence[Update]) -> Update:
+    """Their products side by side: every layer has the sum of their ranks."""
+    ranks = [max(part.down.shape[0] for part in update.values()) for update in updates]
+    total = {}
     for layer in dict.fromkeys(name for update in updates for name in update):
         known = next(update[layer] for update in updates if layer in update)
         nothing = LowRank(known.up[:, :0], known.down[:0])
         parts = [_widened(update.get(layer, nothing), rank) for update, rank in zip(updates, ranks, strict=True)]
-        weights[f"{_PREFIX}{layer}.lora_B.weight"] = torch.cat([part.up for part in parts], dim=1)
-        weights[f"{_PREFIX}{layer}.lora_A.weight"] = torch.cat([part.down for part in parts], dim=0)
-    layers = {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in weights}
-    config = LoraConfig(r=sum(ranks), lora_alpha=sum(ranks), target_modules=_targets(layers, decoder), bias="none")
-    return config, weights
+        total[layer] = LowRank(torch.cat([x.up for x in parts], dim=1), torch.cat([x.down for x in parts], dim=0))
+    return total
+
+
+def _cut(part: LowRank, rank: int) -> LowRank:
+    """The nearest product of at most ``rank`` columns and rows."""
+    if part.down.shape[0] <= rank:
+        return part
+    left, up = torch.linalg.qr(part.up)
+    right, down = torch.linalg.qr(part.down.T)
+    outer, sizes, inner = torch.linalg.svd(up @ down.T)
+    root = sizes[:rank].sqrt()
+    return _widened(LowRank(left @ outer[:, :rank] * root, (root[:, None] * inner[:rank]) @ right.T), rank)
 
 
 def _widened(part: LowRank, rank: int) -> LowRank:

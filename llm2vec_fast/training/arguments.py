@@ -50,6 +50,13 @@ class StageArguments(TrainingArguments):
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter; 0 trains all weights."})
     lora_alpha: int | None = field(default=None, metadata={"help": "The adapter's scale; by default twice its rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter."})
+    saved_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut the adapter that comes out to this rank. By default it has the sum of its own and of those "
+            "merged before, and loses nothing."
+        },
+    )
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Names of the layers that are adapted."}
     )
@@ -77,6 +84,8 @@ class StageArguments(TrainingArguments):
             raise UserError("continue_adapter=True needs an adapter: give peft_model_name_or_path, and lora_r above 0")
         if self.lora_r < 0:
             raise UserError(f"lora_r={self.lora_r} is negative: give the adapter's rank, or 0 to train all weights")
+        if self.saved_rank is not None and self.saved_rank < 1:
+            raise UserError(f"saved_rank={self.saved_rank} is not positive: give a rank, or leave it out")
         require_share("lora_dropout", self.lora_dropout)
         super().__post_init__()
         if self.n_gpu > 1:  # transformers would cut batches along their first dimension, and a packed one has no such

@@ -31,24 +31,26 @@ def save_encoder(trainer: Trainer, arguments: StageArguments, stage: StageModel)
     model = trainer.accelerator.unwrap_model(trainer.model)
     with written_beside(arguments.output_dir) as folder:
         if isinstance(model, PeftModel):
-            _save_adapter(model, weights, stage.merged, folder)
+            _save_adapter(model, weights, stage.merged, arguments.saved_rank, folder)
         else:
             decoder_of(model).save_pretrained(folder, state_dict=_of_decoder(model, weights))
         stage.tokenizer.save_pretrained(folder)
         write_json(folder / SETTINGS_FILE, arguments.encoder_settings())
 
 
-def _save_adapter(model: PeftModel, weights: Mapping[str, Tensor], merged: Sequence[Update], folder: Path) -> None:
+def _save_adapter(
+    model: PeftModel, weights: Mapping[str, Tensor], merged: Sequence[Update], rank: int | None, folder: Path
+) -> None:
     """As an adapter of the decoder alone: that is what it is put on from now on."""
     adapter = {
         key.replace("base_model.model.model.", "base_model.model."): x.cpu()
         for key, x in get_peft_model_state_dict(model, state_dict=weights).items()
     }
     config = copy.copy(model.active_peft_config)
-    if merged:
+    if merged or rank is not None:
         newest = update_of_weights(adapter, config.lora_alpha / config.r)
         base = config.base_model_name_or_path
-        config, adapter = joined([*merged, newest], decoder_of(model))
+        config, adapter = joined([*merged, newest], decoder_of(model), rank)
         config.base_model_name_or_path = base
     save_file(adapter, folder / ADAPTER_WEIGHTS)
     config.inference_mode = True

@@ -198,6 +198,23 @@ def test_every_batch_is_of_one_data_set() -> None:
     assert order != list(sampler)
 
 
+def test_each_epoch_has_an_order_of_its_own(given: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows and of what is drawn for them: three batches an epoch."""
+    seen: list[int] = []
+
+    def collate(collator: PairCollator, rows: list[dict[str, object]]) -> dict[str, torch.Tensor]:
+        seen.extend(int(row["row"]) for row in rows)
+        return batch(collator, rows)
+
+    batch = PairCollator.__call__
+    monkeypatch.setattr(PairCollator, "__call__", collate)
+    train_contrastive(ContrastiveArguments(**given(max_steps=6, save_strategy="no", seed=5)))
+    for epoch in (0, 1):
+        sampler = OneSetAtATime([30], 8, 5)
+        sampler.epoch = epoch
+        assert seen[24 * epoch : 24 * epoch + 24] == list(sampler)
+
+
 def test_the_scale_is_learned_and_kept(given: Settings, tmp_path: Path) -> None:
     """Interrupted after two of four steps: the scale goes on where it was, and the encoder loads without it."""
     changes = {"learn_scale": True, "scale": 20.0, "lora_dropout": 0.0}
