@@ -15,8 +15,8 @@ WIDTH = 4096
 OTHER_WIDTHS = (576, 577)  # of the second, rows do not start at multiples of 16 bytes
 PASSES = ("forward", "gradient", "hidden", "weight")
 RULES = ("softcap", "all")
-# The accumulators fill the register file; what is spilled is read and written after the loop. Who spills differs between
-# Triton 3.9 and 3.6.
+# The accumulators fill the register file; what is spilled is read and written after the loop.
+# Triton 3.9 and 3.6 spill in different variants.
 ALLOWANCES = {
     ("cross-entropy-gradient-d4096-bfloat16-softcap", "sm_80"): Allowance("softcap's slope", spilled_bytes=56),
     ("cross-entropy-gradient-d4096-bfloat16-all", "sm_80"): Allowance("every option at once", spilled_bytes=48),
