@@ -37,6 +37,7 @@ bench: install model ## measure encoding and every operation against their peers
 	$(PY) -m benchmarks.attention
 	$(PY) -m benchmarks.cross_entropy
 	$(PY) -m benchmarks.elementwise
+	$(PY) -m benchmarks.train
 
 codegen: install ## compile every kernel for GPUs that need not be here, and hold the machine code to the gate
 	$(PY) -m benchmarks.codegen --json benchmarks/results/codegen.json --markdown benchmarks/results/codegen.md
