@@ -33,7 +33,9 @@ class StageArguments(TrainingArguments):
     )
     peft_model_name_or_path: list[str] = field(
         default_factory=list,
-        metadata={"help": "Adapters of earlier stages, in order, merged into the weights before training."},
+        metadata={
+            "help": 'Adapters of earlier stages, in order, merged into the weights before training; "" for none.'
+        },
     )
     continue_adapter: bool = field(
         default=False, metadata={"help": "Train the last of these adapters on, instead of a new one."}
@@ -71,15 +73,15 @@ class StageArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
 
     def __post_init__(self) -> None:
+        for name in ("train_file", "validation_file", "peft_model_name_or_path"):
+            given = getattr(self, name)
+            setattr(self, name, [each for each in ([given] if isinstance(given, str) else given) if each])
         if self.model_name_or_path is None:
             raise UserError("model_name_or_path is not given: name the decoder to train")
         if not self.train_file:
             raise UserError("train_file is not given: name the texts to train on")
         if self.max_seq_length < 2:
             raise UserError(f"max_seq_length={self.max_seq_length} leaves nothing to predict: give at least 2")
-        for name in ("train_file", "validation_file", "peft_model_name_or_path"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
         if self.continue_adapter and not (self.peft_model_name_or_path and self.lora_r):
             raise UserError("continue_adapter=True needs an adapter: give peft_model_name_or_path, and lora_r above 0")
         if self.lora_r < 0:

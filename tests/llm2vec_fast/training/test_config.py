@@ -77,6 +77,11 @@ def test_one_value_or_several_is_a_list(tmp_path: Path) -> None:
     assert arguments.matryoshka_dims == [8, 16]
 
 
+def test_an_adapter_of_a_configuration_can_be_left_out() -> None:
+    options = ["--train_file", "a.txt", "--use_cpu", "True", "--peft_model_name_or_path", ""]
+    assert read_arguments(SimcseArguments, "llama-2-7b", options).peft_model_name_or_path == []
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_every_setting_says_what_it_is(kind: type[MntpArguments]) -> None:
     options = own_options(kind)
