@@ -53,7 +53,6 @@ def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
     """
     decoder = decoder_of(model)
     _check_supported(decoder)
-    AttentionInterface.register(ATTENTION_NAME, _attend)
     decoder.config.is_causal = not enabled
     decoder.set_attn_implementation(ATTENTION_NAME)
     if _prepare_inputs not in decoder._forward_pre_hooks.values():
@@ -114,7 +113,8 @@ def _prepare_inputs(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     if positions is None:
         kwargs["position_ids"] = layout.position_ids.view(given.shape[:2])
     kwargs["layout"], kwargs["attention_mask"] = layout, None
-    kwargs.setdefault("use_cache", False)
+    if kwargs.get("use_cache") is None:  # heads pass on None, which would mean the configuration's True
+        kwargs["use_cache"] = False
     return (), kwargs
 
 
@@ -187,3 +187,7 @@ def _window(config: PreTrainedConfig, sliding_window: int | None, causal: bool) 
         return None
     exclusive = causal or getattr(config, "use_bidirectional_attention", False)
     return sliding_window - 1 if exclusive else sliding_window
+
+
+# On import: a pickled model names `_prepare_inputs`, so that unpickling it in a fresh process registers this too.
+AttentionInterface.register(ATTENTION_NAME, _attend)

@@ -32,12 +32,11 @@ def pool_forward(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor |
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
     if _one_by_one(hidden.shape[0], starts, mode):
         out = hidden.new_zeros((starts.shape[0], hidden.shape[1]), dtype=accumulator)
+        each = out.unbind()
         for i, rows, count in _sequences(starts, lengths, skip):
-            if mode == "mean":
-                torch.sum(hidden[rows], 0, dtype=accumulator, out=out[i]).div_(count)
-            else:
-                torch.sum(hidden[rows] * _rising(count, out)[:, None], 0, out=out[i])
-        return out
+            part = hidden[rows] if mode == "mean" else hidden[rows] * _rising(count, out)[:, None]
+            torch.sum(part, 0, dtype=accumulator, out=each[i])
+        return out.div_(_counts(lengths, skip, accumulator)) if mode == "mean" else out
     plan = _plan(starts, lengths, skip, mode, accumulator)
     weighted = hidden.index_select(0, plan.rows).to(accumulator)
     weighted.mul_(plan.weights[:, None])
@@ -45,13 +44,25 @@ def pool_forward(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor |
 
 
 def pool_backward(
-    grad: Tensor, total: int, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str, dtype: torch.dtype
+    grad: Tensor,
+    total: int,
+    starts: Tensor,
+    lengths: Tensor,
+    skip: Tensor | None,
+    mode: str,
+    dtype: torch.dtype,
+    padded: bool,
 ) -> Tensor:
-    """Gradient of `pool_forward`: (N, d) → (T, d) in ``dtype``, zeros on rows that took no part."""
+    """Gradient of `pool_forward`: (N, d) → (T, d) in ``dtype``, zeros on rows that took no part.
+
+    ``padded``: some rows belong to no sequence.
+    """
     if _one_by_one(total, starts, mode):
-        grad_hidden = torch.zeros(total, grad.shape[1], dtype=dtype, device=grad.device)
+        new = torch.zeros if padded or skip is not None else torch.empty
+        grad_hidden = new(total, grad.shape[1], dtype=dtype, device=grad.device)
+        each = (grad / _counts(lengths, skip, grad.dtype) if mode == "mean" else grad).unbind()
         for i, rows, count in _sequences(starts, lengths, skip):
-            grad_hidden[rows] = grad[i] / count if mode == "mean" else grad[i] * _rising(count, grad)[:, None]
+            grad_hidden[rows] = each[i] if mode == "mean" else each[i] * _rising(count, grad)[:, None]
         return grad_hidden
     plan = _plan(starts, lengths, skip, mode, grad.dtype)
     owner = torch.arange(plan.counts.shape[0], device=grad.device).repeat_interleave(plan.counts)
@@ -72,6 +83,12 @@ def _sequences(starts: Tensor, lengths: Tensor, skip: Tensor | None) -> Iterator
         count = length - max(left_out, 0)
         if count > 0:
             yield i, slice(start + length - count, start + length), count
+
+
+def _counts(lengths: Tensor, skip: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(N, 1) how many rows of each sequence take part, at least 1."""
+    kept = lengths if skip is None else lengths - skip.clamp(min=0)
+    return kept.clamp(min=1).to(dtype)[:, None]
 
 
 def _rising(count: int, like: Tensor) -> Tensor:

@@ -38,11 +38,9 @@ def pool_backward_operator(
     """grad (N, d) → (T, d) in ``dtype``, zeros on rows that took no part."""
     if triton:
         from .triton import pool_backward
-
-        return pool_backward(grad, total, starts, lengths, skip, mode, dtype, padded)
-    from .blocked import pool_backward
-
-    return pool_backward(grad, total, starts, lengths, skip, mode, dtype)
+    else:
+        from .blocked import pool_backward
+    return pool_backward(grad, total, starts, lengths, skip, mode, dtype, padded)
 
 
 @pool_operator.register_fake

@@ -52,9 +52,9 @@ def rms_norm(
         raise ValueError(
             f"residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}: they must be equal"
         )
-    fits = x.dtype != torch.float64 and x.shape[-1] <= TRITON_COLUMNS
-    backends = ("reference", "blocked", "triton") if fits else ("reference", "blocked")
-    choice = choose_for("rms_norm", backend, x, backends).backend
+    refused = _refused(x)
+    backends = ("reference", "blocked") if refused else ("reference", "blocked", "triton")
+    choice = choose_for("rms_norm", backend, x, backends, refused=refused).backend
     if choice == "reference":
         total = x if residual is None else x + residual
         out = rms_norm_reference(total, weight, eps, offset)
@@ -69,3 +69,12 @@ def rms_norm(
     else:
         out, _ = rms_norm_operator(rows, weight, eps, offset, choice == "triton")
     return out.view(x.shape)
+
+
+def _refused(x: Tensor) -> dict[str, str]:
+    """Why the kernels cannot take these rows, by backend."""
+    if x.dtype == torch.float64:
+        return {"triton": "its kernels have no float64"}
+    if x.shape[-1] > TRITON_COLUMNS:
+        return {"triton": f"rows have {x.shape[-1]} columns: a program holds at most {TRITON_COLUMNS}"}
+    return {}

@@ -1,4 +1,9 @@
-"""RMSNorm modules that run our operation."""
+"""RMSNorm modules that run our operation.
+
+The operation can take in the addition before a norm too, which no model swapped here does: transformers adds in the
+forward method of each family's decoder layer, between modules, half of the additions even a layer before their norm. A
+swap of modules cannot reach there, and a copy of that method for every family would have to follow each release.
+"""
 
 from __future__ import annotations
 

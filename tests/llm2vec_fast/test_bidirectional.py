@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tiny_models import FAMILIES, SHAPE, tiny_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, BloomConfig, MambaConfig, T5Config
 
+from llm2vec_fast.acceleration import accelerate
 from llm2vec_fast.bidirectional import UnsupportedModelError, make_bidirectional
 from llm2vec_fast.kernels.layout import SequenceLayout
 
@@ -122,6 +125,34 @@ def test_clones_work_like_the_original(clone) -> None:
     with torch.no_grad():
         for mine, theirs in zip(packed(clone(model), batch), packed(model, batch), strict=True):
             assert torch.equal(mine, theirs)
+
+
+IN_A_FRESH_PROCESS = """
+import sys
+import llm2vec_fast
+assert "torch" not in sys.modules
+import torch
+model, input_ids, expected = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    assert torch.equal(model(input_ids=input_ids).last_hidden_state, expected)
+"""
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
+def test_a_pickled_model_works_in_a_process_that_imported_the_package_alone(tmp_path, accelerated: bool) -> None:
+    model, input_ids = make_bidirectional(tiny_model("llama")), texts((9,))[0][None]
+    if accelerated:
+        accelerate(model)
+    with torch.no_grad():
+        torch.save((model, input_ids, model(input_ids=input_ids).last_hidden_state), tmp_path / "model.pt")
+    subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path / "model.pt")], check=True)
+
+
+@pytest.mark.parametrize("use_cache", [None, False], ids=str)
+def test_a_causal_head_allocates_no_cache_unless_asked_to(use_cache: bool | None) -> None:
+    model = make_bidirectional(AutoModelForCausalLM.from_config(tiny_model("llama").config))
+    assert model.config.use_cache
+    assert model(input_ids=texts((5,))[0][None], use_cache=use_cache).past_key_values is None
 
 
 def test_attention_dropout_acts_in_training_only() -> None:

@@ -153,6 +153,10 @@ def test_what_does_not_fit_is_refused(change, says) -> None:
         rms_norm(**{"x": torch.ones(2, 8), "weight": torch.ones(8), "eps": EPS, **change})
 
 
-def test_rows_too_wide_for_the_kernel_are_refused() -> None:
-    with pytest.raises(BackendUnavailableError, match="rms_norm"):
-        rms_norm(torch.ones(1, 9000), torch.ones(9000), EPS, backend="triton")
+def test_rows_that_the_kernel_cannot_take_are_refused_with_the_reason_and_run_otherwise() -> None:
+    wide, weight = torch.ones(1, 9000), torch.ones(9000)
+    with pytest.raises(BackendUnavailableError, match=r"9000 columns.*8192"):
+        rms_norm(wide, weight, EPS, backend="triton")
+    with pytest.raises(BackendUnavailableError, match="float64"):
+        rms_norm(torch.ones(1, 8).double(), torch.ones(8).double(), EPS, backend="triton")
+    assert torch.allclose(rms_norm(wide, weight, EPS), wide)
