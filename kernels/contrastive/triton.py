@@ -128,7 +128,8 @@ def _sums_kernel(p_x, p_y, p_mark_x, p_mark_y, p_limit, p_scale, p_peak, p_rest,
     else:
         b_z = tl.where(m_negative, b_s * scale, float("-inf"))
         b_peak = tl.maximum(tl.max(b_z, 1), LOWEST)
-        b_sum = tl.sum(tl.exp2((b_z - b_peak[:, None]) * LOG2_E), 1)
+        # The very expression of the backward pass: weights that were rounded otherwise would not add up to one.
+        b_sum = tl.sum(tl.where(m_negative, tl.exp2(tl.fma(b_s, scale, -b_peak[:, None]) * LOG2_E), 0.0), 1)
         tl.store(p_peak + o_part, b_peak, mask=m_x)
     tl.store(p_rest + o_part, tl.log2(b_sum) * LN_2, mask=m_x)
 

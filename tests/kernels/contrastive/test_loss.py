@@ -1,11 +1,15 @@
 """Losses and gradients are as exact as plain PyTorch in the same dtype, whatever the shapes and the rule."""
 
+import types
+
+import numpy as np
 import pytest
 import torch
 from contrastive_cases import Case, losses_and_gradients, three_ways
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within
+from triton.runtime import interpreter
 
 from llm2vec_fast.kernels.contrastive import blocked, configurations, contrastive_loss
 from llm2vec_fast.kernels.contrastive import triton as triton_room
@@ -106,8 +110,16 @@ def test_generated_shapes_and_rules(backend, rows, more, width, rule, shared, sa
         assert_error_within(*results, factor=factor, name=name)
 
 
-@pytest.mark.xfail(strict=True, reason="weights are recomputed from one float32 log-sum-exp: logits of 100 show it")
-def test_large_dot_products_with_query_negatives():
+@pytest.fixture
+def symmetric_products(monkeypatch):
+    """The interpreter multiplies by numpy, whose x·yᵀ differs in the last bits from its (y·xᵀ)ᵀ. On a GPU, where every
+    element is summed up in one order, it does not. An entry between two queries is met from both sides."""
+    in_order = types.SimpleNamespace(**vars(np))
+    in_order.matmul = lambda a, b, dtype=None: np.einsum("ik,kj->ij", a, b, dtype=dtype, optimize=False)
+    monkeypatch.setattr(interpreter, "np", in_order)
+
+
+def test_large_dot_products_with_query_negatives(symmetric_products):
     case = Case(33, 66, 18, {"similarity": "dot", "query_negatives": True}, shared=True, scale=5.0)
     for name, *results in three_ways(case, torch.float32, "triton"):
         assert_error_within(*results, factor=OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR, name=name)
@@ -211,7 +223,8 @@ def test_a_nearly_perfect_batch_keeps_its_small_loss(backend):
     scale = 30.0
     loss = contrastive_loss(queries, queries, scale=scale, backend=backend)
     expected = torch.log1p(11 * torch.tensor(-scale, dtype=torch.float64).exp()).float()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    # Either logit is a rounding of ``scale`` off, and the loss by as much of itself.
+    torch.testing.assert_close(loss, expected, rtol=2 * scale * torch.finfo(torch.float32).eps, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
@@ -256,7 +269,8 @@ def test_a_scale_above_the_bound_keeps_a_running_maximum():
     queries, documents = case.inputs(torch.float32)
     documents[:40] = -queries  # every positive lies opposite: cosines of −1 at a scale of 300
     exact = contrastive_loss(queries.double(), documents.double(), scale=300.0, backend="reference")
+    plain = contrastive_loss(queries, documents, scale=300.0, backend="reference")
     for scale in (300.0, torch.tensor(300.0)):
         for backend in ("auto", "blocked", "triton"):
             loss = contrastive_loss(queries, documents, scale=scale, backend=backend)
-            torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+            assert_error_within(loss, plain, exact, name=backend)
