@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import shutil
+
 import pytest
 import torch
-from numerics import assert_error_within
+from numerics import GRADIENT_FACTOR, assert_error_within
 from tiny_models import SHAPE, tiny_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -51,6 +55,20 @@ def test_it_compiles_whole_and_once_for_many_length_mixes(monkeypatch: pytest.Mo
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == graphs[:1] * len(MIXES)
     assert not counters["graph_break"]
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
+def test_inductor_compiles_it_whole_and_once_and_as_exact() -> None:
+    model = make_bidirectional(tiny_model("llama", num_hidden_layers=1))
+    exact_model = copy.deepcopy(model).double()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    graphs = []
+    for lengths in MIXES[:3]:
+        results = (gradients(each, lengths) for each in (compiled, model, exact_model))
+        for ours, plain, exact in zip(*results, strict=True):
+            assert_error_within(ours, plain, exact, factor=GRADIENT_FACTOR)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == graphs[:1] * len(graphs)
 
 
 def test_a_compiled_model_with_a_window_and_checkpointed_layers_has_the_same_gradients() -> None:
