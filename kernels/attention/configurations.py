@@ -115,10 +115,11 @@ _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
         256: (_C(64, 16, 8, 2), _C(64, 16, 8, 2), _C(64, 16, 8, 2)),
     },
 }
-# Plain ones that take their rule's configuration: 128 × 64 spills 232 bytes on sm_100, where logits come from tensor
-# memory all at once; 64 × 64 with 4 warps spills 40 bytes with Triton 3.6 (645 wi/MF rather than 380, then).
-_TIGHT_ON_SM_100 = {("backward_keys", 64)}
-_TIGHT_ON_OLD_TRITON = {("backward_keys", 128)}
+# Instead of the plain ones above. Logits come from tensor memory all at once on sm_100: 128 × 64 spills 232 bytes,
+# 64 × 64 with 2 stages 48.
+_PLAIN_ON_SM_100 = {("backward_keys", 64): _C(64, 64, 4, 2, True), ("backward_keys", 128): _C(64, 64, 4, 3, True)}
+# With Triton 3.6, 64 × 64 with 4 warps spills 40 bytes, with 3 stages 16; this: 645 wi/MF rather than 380.
+_PLAIN_ON_OLD_TRITON = {("backward_keys", 128): _C(64, 64, 8, 2, True)}
 # Where sm_90 must read by pointers, its wgmmas keep more in registers: smaller tiles.
 _POINTERS_WGMMA: dict[str, dict[int, tuple[Configuration, ...]]] = {
     "forward": {
@@ -200,10 +201,12 @@ def _choose(
         table = _DESCRIBED if describable else _POINTERS_WGMMA
     else:
         table = _POINTERS
-    if table is _DESCRIBED and demand is Demand.PLAIN:
-        tight = _TIGHT_ON_SM_100 if architecture.startswith("sm_100") else _TIGHT_ON_OLD_TRITON if _old_triton() else ()
-        demand = Demand.RULED if (kernel, width) in tight else demand
     config = table[kernel][width][demand.value]
+    if table is _DESCRIBED and demand is Demand.PLAIN:
+        if architecture.startswith("sm_100"):
+            config = _PLAIN_ON_SM_100.get((kernel, width), config)
+        if _old_triton():
+            config = _PLAIN_ON_OLD_TRITON.get((kernel, width), config)
     return replace(config, split=block_d(head_dim) > 64)
 
 
