@@ -93,6 +93,11 @@ class StageArguments(TrainingArguments):
         if self.n_gpu > 1:  # transformers would cut batches along their first dimension, and a packed one has no such
             self._n_gpu = 1
 
+    @property
+    def seed_of_data(self) -> int:
+        """What decides the order of the data and what is drawn from them."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def encoder_settings(self) -> dict[str, Any]:
         """What `LLM2Vec` is told of the encoder that comes out."""
         return {"pooling_mode": "mean", "max_length": 512, "doc_max_length": 400}

@@ -43,7 +43,7 @@ class ContrastiveTrainer(StageTrainer):
             UserError: no data set fills a batch.
         """
         batch = arguments.train_batch_size * arguments.world_size
-        self._sampler = OneSetAtATime(sizes, batch, arguments.data_seed or arguments.seed)
+        self._sampler = OneSetAtATime(sizes, batch, arguments.seed_of_data)
         if not len(self._sampler):
             raise UserError(
                 f"a batch takes {batch:,} rows and the largest training file has {max(sizes):,}: give more, or a "
@@ -57,7 +57,7 @@ class ContrastiveTrainer(StageTrainer):
     ) -> Tensor | tuple[Tensor, None]:
         """The contrastive loss of a batch, times the number of ranks: of gradients, ranks take the mean."""
         layout = SequenceLayout.from_lengths(inputs["lengths"])
-        embedded: Embedded = model(input_ids=inputs["input_ids"], layout=layout, skip=inputs["skip"])
+        embedded: Embedded = model(input_ids=inputs["input_ids"], layout=layout, skip=inputs["skip"], embed=True)
         count = int(inputs[QUERIES])
         loss = self._loss(embedded, count, inputs[IDS]) * self.args.world_size
         return (loss, None) if return_outputs else loss

@@ -9,14 +9,15 @@ backward pass, and exchanges gradients once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from llm2vec_fast.acceleration.swapping import subclass, swap
 from llm2vec_fast.bidirectional import decoder_of
@@ -34,7 +35,9 @@ class Embedded(NamedTuple):
 
 
 def embedding_model(model: nn.Module, pooling_mode: str, token_budget: int | None, scale: float | None = None) -> None:
-    """Let a model's forward pass take ``input_ids`` (1, T), ``layout`` and perhaps ``skip``, and return `Embedded`.
+    """Let a model's forward pass take ``embed=True`` with ``layout`` and perhaps ``skip``, and return `Embedded`.
+
+    Without it the model does what it did: `LLM2Vec(model, tokenizer, accelerate=False)` encodes with it meanwhile.
 
     Args:
         model: a bidirectional decoder, bare or in a peft model; changed in place.
@@ -51,28 +54,39 @@ def embedding_model(model: nn.Module, pooling_mode: str, token_budget: int | Non
 @cache
 def _embedding(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def forward(
-        self: PreTrainedModel,
-        input_ids: Tensor,
-        layout: SequenceLayout,
-        position_ids: Tensor,
-        skip: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Embedded:
-        def embed(piece: SequenceLayout, ids: Tensor, positions: Tensor, skip: Tensor | None) -> Tensor:
-            output = stock.forward(self, input_ids=ids, position_ids=positions, layout=piece, use_cache=False)
-            first = POOLING_MODES[self._pooling_mode] == "first"
-            return pool(output.last_hidden_state[0], piece, self._pooling_mode, None if first else skip)
-
-        pieces = list(_pieces(layout, self._token_budget))
-        rows = []
-        for piece, texts, tokens in pieces:
-            given = piece, input_ids[:, tokens], position_ids[:, tokens], None if skip is None else skip[texts]
-            alone = len(pieces) == 1
-            rows.append(embed(*given) if alone else checkpoint(embed, *given, use_reentrant=False))
-        log_scale = getattr(self, LOG_SCALE, None)
-        return Embedded(torch.cat(rows), None if log_scale is None else log_scale.exp())
+        self: PreTrainedModel, *, embed: bool = False, skip: Tensor | None = None, **batch: Any
+    ) -> Embedded | ModelOutput:
+        if not embed:
+            return stock.forward(self, **batch)
+        return _embedded(self, partial(stock.forward, self), skip, **batch)
 
     return subclass(stock, forward, _embedding)
+
+
+def _embedded(
+    decoder: PreTrainedModel,
+    run: Callable[..., ModelOutput],
+    skip: Tensor | None,
+    input_ids: Tensor,
+    layout: SequenceLayout,
+    position_ids: Tensor,
+    **_: Any,
+) -> Embedded:
+    mode = decoder._pooling_mode
+    first = POOLING_MODES[mode] == "first"
+
+    def embed(piece: SequenceLayout, ids: Tensor, positions: Tensor, skip: Tensor | None) -> Tensor:
+        output = run(input_ids=ids, position_ids=positions, layout=piece, use_cache=False)
+        return pool(output.last_hidden_state[0], piece, mode, None if first else skip)
+
+    pieces = list(_pieces(layout, decoder._token_budget))
+    rows = []
+    for piece, texts, tokens in pieces:
+        given = piece, input_ids[:, tokens], position_ids[:, tokens], None if skip is None else skip[texts]
+        alone = len(pieces) == 1
+        rows.append(embed(*given) if alone else checkpoint(embed, *given, use_reentrant=False))
+    log_scale = getattr(decoder, LOG_SCALE, None)
+    return Embedded(torch.cat(rows), None if log_scale is None else log_scale.exp())
 
 
 def _pieces(layout: SequenceLayout, budget: int | None) -> Iterator[tuple[SequenceLayout, slice, slice]]:

@@ -119,7 +119,7 @@ def train_mntp(arguments: MntpArguments) -> TrainOutput:
     """
     stage = load_model(arguments, head=True)
     datasets = {
-        name: Sequences(_tokens(files, stage.tokenizer, arguments), arguments.data_seed or arguments.seed)
+        name: Sequences(_tokens(files, stage.tokenizer, arguments), arguments.seed_of_data)
         for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
         if files
     }

@@ -35,7 +35,7 @@ class Pairs(torch.utils.data.Dataset):
         """
         self._query_instructions = _one_a_file("query_instruction", arguments.query_instruction, len(files))
         self._document_instructions = _one_a_file("document_instruction", arguments.document_instruction, len(files))
-        self._seed, self._count = arguments.data_seed or arguments.seed, arguments.negatives
+        self._seed, self._count = arguments.seed_of_data, arguments.negatives
         read = [_read(name, arguments) for name in files]
         self.sizes, self.epoch = [len(rows) for rows in read], 0
         self._rows = concatenate_datasets(read)

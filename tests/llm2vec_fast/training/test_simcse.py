@@ -60,7 +60,7 @@ def test_the_loss_is_the_cross_entropy_of_cosines_between_the_views(settings: Se
     torch.manual_seed(3)
     loss = trainer.compute_loss(stage.model, dict(batch))
     torch.manual_seed(3)
-    embedded = stage.model(input_ids=batch["input_ids"], layout=rows, skip=batch["skip"])
+    embedded = stage.model(input_ids=batch["input_ids"], layout=rows, skip=batch["skip"], embed=True)
     first, second = normalize(embedded.rows.double(), dim=-1).chunk(2)
     exact = cross_entropy(20.0 * first @ second.T, torch.arange(len(TEXTS)))
     plain = cross_entropy(20.0 * first.float() @ second.float().T, torch.arange(len(TEXTS)))
@@ -75,11 +75,16 @@ def test_without_dropout_the_embeddings_are_those_of_the_encoder(settings: Setti
     stage.model.eval()
     with torch.no_grad():
         rows = stage.model(
-            input_ids=batch["input_ids"], layout=SequenceLayout.from_lengths(batch["lengths"]), skip=batch["skip"]
+            input_ids=batch["input_ids"],
+            layout=SequenceLayout.from_lengths(batch["lengths"]),
+            skip=batch["skip"],
+            embed=True,
         ).rows
     encoder = LLM2Vec.from_pretrained(FOLDER / "llama", dtype="float32", device="cpu")
     expected = encoder.encode(TEXTS, convert_to_numpy=True)
     assert_matches(rows.numpy(), np.concatenate([expected, expected]))
+    meanwhile = LLM2Vec(stage.model, stage.tokenizer, accelerate=False)
+    assert_matches(meanwhile.encode(TEXTS, convert_to_numpy=True), expected)
 
 
 @pytest.mark.parametrize("budget", [1, 30, 50])
@@ -148,8 +153,8 @@ def test_the_adapter_that_comes_out_holds_those_merged_before(settings: Settings
     batch = pack(tokenizer, [("", text) for text in TEXTS])
     layout = SequenceLayout.from_lengths(batch["lengths"])
     with torch.no_grad():
-        plain = model(input_ids=batch["input_ids"], layout=layout).rows
-        exact = model.double()(input_ids=batch["input_ids"], layout=layout).rows
+        plain = model(input_ids=batch["input_ids"], layout=layout, embed=True).rows
+        exact = model.double()(input_ids=batch["input_ids"], layout=layout, embed=True).rows
     loaded = LLM2Vec.from_pretrained(FOLDER / "llama", tmp_path / "out", dtype="float32", device="cpu")
     assert_error_within(loaded.encode(TEXTS), plain, exact, GRADIENT_FACTOR)
     from_folder = LLM2Vec.from_pretrained(tmp_path / "out", dtype="float32", device="cpu")
