@@ -77,10 +77,11 @@ def _aligned(into: Tensor, unit: Tensor) -> Tensor:
 def _finished(into: Tensor, unit: Tensor, inverse: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of rows as the user gave them, from that of unit rows, which is used up."""
     if into.shape[0] > rows_a_block(into.shape[1]):
-        out = into if into.dtype == dtype else into.new_empty(into.shape, dtype=dtype)
+        in_place = into.dtype == dtype == scale.dtype
+        out = into if in_place else into.new_empty(into.shape, dtype=dtype)
         for block in row_blocks(into):
             made = _finished(into[block], unit[block], None if inverse is None else inverse[block], scale, dtype)
-            if out is not into:
+            if not in_place:
                 out[block] = made
         return out
     gradient = into.to(scale.dtype).mul_(scale if inverse is None else scale * inverse)

@@ -81,8 +81,8 @@ def linear_cross_entropy(
     in the backward pass (4 in all) where the labelled rows' logits exceed one block. Triton and ``group`` compute the
     logits once more in the backward pass (3 with a frozen weight, else 4).
 
-    Memory beyond inputs and gradients, whatever V: blocked holds 52 MiB of logits and a few slices of 2 MiB; Triton's
-    forward pass holds no logits beyond a tile, its backward pass 64 MiB of their gradient.
+    Memory beyond inputs and gradients, whatever V: blocked holds 52 MiB of logits, the rows that they belong to, and a
+    few slices of 2 MiB. Triton's forward pass holds no logits beyond a tile, its backward pass 64 MiB of their slope.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, a setting is out of range, or a label is.

@@ -26,6 +26,8 @@ COLUMNS_MULTIPLE = 64
 # How much of a float32 weight one product takes: with few rows that is up to a fifth faster than all of it at once.
 LOGITS_PANEL_BYTES = 4 * 1024 * 1024
 HIDDEN_PANEL_BYTES = 16 * 1024 * 1024
+# The gradient of this much of the hidden states is made at once, beside the logits.
+HIDDEN_BYTES = 2 * 1024 * 1024
 
 
 def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> tuple[Statistics, bool]:
@@ -46,7 +48,9 @@ def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> tupl
         b_logits = _multiply(b_hidden, problem.weight, problem.bias, buffer[: b_hidden.shape[0]])
         parts.append(_soften(b_logits, problem, problem.labels[block], forming))
         if gradients.hidden is not None:
-            gradients.hidden.index_copy_(0, problem.rows[block], _multiply_on(b_logits, problem.weight).mul_(grad))
+            for part in _parts(b_hidden):
+                made = _multiply_on(b_logits[part], problem.weight).mul_(grad)
+                gradients.hidden.index_copy_(0, problem.rows[block][part], made)
         if weight_grad is not None:
             torch.addmm(weight_grad, b_logits.T, b_hidden, beta=1 if first else 0, alpha=grad, out=weight_grad)
         if sums is not None:
@@ -98,6 +102,12 @@ def _multiply_on(b_logits: Tensor, weight: Tensor) -> Tensor:
     for panel in panels[1:]:
         torch.addmm(out, b_logits[:, panel], weight[panel], out=out)
     return out
+
+
+def _parts(b_hidden: Tensor) -> list[slice]:
+    """The rows in slices of HIDDEN_BYTES."""
+    step = max(1, HIDDEN_BYTES // (b_hidden.shape[1] * b_hidden.element_size()))
+    return [slice(first, first + step) for first in range(0, b_hidden.shape[0], step)]
 
 
 def _panels(weight: Tensor, size: int) -> list[slice]:

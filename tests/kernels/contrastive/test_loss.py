@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within
 from triton.runtime import interpreter
 
-from llm2vec_fast.kernels.contrastive import blocked, configurations, contrastive_loss
+from llm2vec_fast.kernels.contrastive import blocked, configurations, contrastive_loss, rule
 from llm2vec_fast.kernels.contrastive import triton as triton_room
 
 # The logarithm of an empty sum is −inf, of which numpy warns in Triton's interpreter.
@@ -63,6 +63,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_room, "PARTIAL_BYTES", 4 * 32 * 2)
     monkeypatch.setattr(blocked, "PANEL_ROWS", 16)
     monkeypatch.setattr(blocked, "TILE_BYTES", 16 * 32 * 4)
+    monkeypatch.setattr(rule, "BLOCK_BYTES", 16 * 24 * 4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -78,7 +79,9 @@ def test_losses_and_gradients_are_as_exact_as_pytorch(request, case, backend, dt
 
 @pytest.mark.parametrize("case", MANY_TILES, ids=str)
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("blocked", torch.float32), ("blocked", torch.bfloat16), ("triton", torch.float32)]
+    ("backend", "dtype"),
+    [(backend, dtype) for backend in ("auto", "blocked") for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    + [("triton", torch.float32)],
 )
 def test_many_tiles(small_tiles, case, backend, dtype):
     for name, *results in three_ways(case, dtype, backend):
