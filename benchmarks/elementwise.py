@@ -1,6 +1,6 @@
 """The element-wise operations on a CPU: ours against the modules of transformers that they replace.
 
-    python -m benchmarks.elementwise     # prints the table, writes results/elementwise.json; under two minutes
+    python -m benchmarks.elementwise     # prints the table, writes results/elementwise.json and its page; two minutes
 
 The two take turns, in one process, on the same tensors; results are compared before anything is timed. What a training
 step keeps for its backward pass is counted, not measured: bytes of saved tensors that are not inputs.
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from benchmarks.report import machine, markdown_table, write_json
+from benchmarks.report import machine, markdown_table, update_readme, write_json
 from llm2vec_fast.kernels import SequenceLayout, pool, rms_norm, rotary, swiglu
 
 RESULTS = Path(__file__).parent / "results" / "elementwise.json"
@@ -158,6 +158,16 @@ def row(name: str, result: dict) -> dict[str, str]:
     }
 
 
+def verdict(results: dict[str, dict]) -> str:
+    """In words, where ours is slower, and whether it then keeps less."""
+    slower = {name: result for name, result in results.items() if result["ratio"] > 1}
+    leaner = sum(result.get("ours_kept", 0) < result.get("theirs_kept", 0) for result in slower.values())
+    return (
+        f"Ours is slower in {len(slower)} of {len(results)} cases, in {leaner} of which it keeps less for the backward "
+        "pass."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Element-wise operations against transformers' modules, on a CPU.")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
@@ -177,9 +187,13 @@ def main() -> None:
                     name = ", ".join(words)
                     if arguments.only in name:
                         results[name] = measure(operation, training, arguments.rounds)
-    print(markdown_table([row(name, result) for name, result in results.items()]))
+    table = markdown_table([row(name, result) for name, result in results.items()])
+    print(table)
     if not arguments.only:
-        write_json(RESULTS, {"machine": machine(), "rounds": arguments.rounds, "cases": results})
+        about, threads = machine(), torch.get_num_threads()
+        write_json(RESULTS, {"machine": about, "threads": threads, "rounds": arguments.rounds, "cases": results})
+        note = f"Medians. {about['processor']}, {threads} threads; torch {about['torch']}; {about['date']}."
+        update_readme("elementwise", f"{note} {verdict(results)}\n\n{table}")
 
 
 if __name__ == "__main__":

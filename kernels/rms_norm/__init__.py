@@ -60,12 +60,18 @@ def rms_norm(
         out = rms_norm_reference(total, weight, eps, offset)
         return out if residual is None else (out, total)
     rows = x.reshape(-1, x.shape[-1])
+    # Without a gradient to prepare for, an operator would only add to the cost of the call.
+    direct = choice == "blocked" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if residual is not None:
         flat = residual.reshape(rows.shape)
-        out, total, _ = add_rms_norm_operator(rows, flat, weight, eps, offset, choice == "triton")
+        if direct:
+            total = rows + flat
+            out, _ = rms_norm_forward(total, weight, eps, offset)
+        else:
+            out, total, _ = add_rms_norm_operator(rows, flat, weight, eps, offset, choice == "triton")
         return out.view(x.shape), total.view(x.shape)
-    if choice == "blocked" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        out, _ = rms_norm_forward(rows, weight, eps, offset)  # an operator would only add to the cost of the call
+    if direct:
+        out, _ = rms_norm_forward(rows, weight, eps, offset)
     else:
         out, _ = rms_norm_operator(rows, weight, eps, offset, choice == "triton")
     return out.view(x.shape)
