@@ -11,23 +11,9 @@ import triton
 
 from benchmarks.codegen.compiling import TARGETS
 from benchmarks.codegen.measuring import Task, measure_all
-from benchmarks.codegen.report import as_json, recorded_table, table
-from benchmarks.codegen.variants import families, recorded, variants_of
-from benchmarks.report import write_json
-
-TITLE = """# What the kernels compile to
-
-Compiled ahead of time by Triton {version}, without a GPU: nothing here was timed. Written by `make codegen`.
-
-wi/MF: warp instructions per MFLOP of the leanest inner loop (lower is better). limit: the pipe that bounds the loop.
-overlap, serial: share of the tensor peak that the counts allow if all pipes overlap perfectly, or not at all.
-"""
-RECORDED = """
-## Other people's kernels
-
-Recorded in an earlier study with the same compiler and the same counting; not compiled here.
-
-"""
+from benchmarks.codegen.report import page, problems, table
+from benchmarks.codegen.results import Results
+from benchmarks.codegen.variants import allowance_for, families, recorded, variants_of
 
 
 def main() -> None:
@@ -39,26 +25,48 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", choices=known, default=known, help="families of kernels (all)")
     parser.add_argument("--only", default="", help="only kernels whose name holds this text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (one a core)")
-    parser.add_argument("--json", type=Path, help="also write every figure to this file")
-    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_argument("--json", type=Path, help="keep every figure in this file; what it knows is not compiled again")
+    parser.add_argument("--again", action="store_true", help="compile also what the file knows")
+    parser.add_argument("--markdown", type=Path, help="also write all that the file knows as tables to this one")
     arguments = parser.parse_args()
-    tasks = [
+    figures = recorded(known)
+    results = Results(arguments.json, figures)
+    failures = _compile(_tasks(arguments), results, arguments)
+    results.save()
+    if arguments.markdown:
+        arguments.markdown.write_text(page(results.entries(), figures))
+    print(*failures, sep="\n", file=sys.stderr)
+    sys.exit(1 if failures else 0)
+
+
+def _tasks(arguments: argparse.Namespace) -> list[Task]:
+    return [
         Task(family, architecture, arguments.main, variant.name)
         for family in arguments.family
         for architecture in arguments.arch
         for variant in variants_of(family, architecture, arguments.main)
         if arguments.only in variant.name
     ]
-    rows, failures = measure_all(tasks, arguments.jobs)
-    figures = recorded(arguments.family)
-    print(table(rows))
-    if arguments.json:
-        write_json(arguments.json, {"triton": triton.__version__, **as_json(rows, figures)})
-    if arguments.markdown:
-        text = TITLE.format(version=triton.__version__) + "\n" + table(rows)
-        arguments.markdown.write_text(text + "\n" + (RECORDED + recorded_table(figures) + "\n" if figures else ""))
-    print(*failures, sep="\n", file=sys.stderr)
-    sys.exit(1 if failures else 0)
+
+
+def _compile(tasks: list[Task], results: Results, arguments: argparse.Namespace) -> list[str]:
+    """Print the tasks' rows, keep them, and say what failed the gate."""
+    if not arguments.main and not arguments.only:
+        for family, architecture in {task[:2] for task in tasks}:
+            results.forget_all_but(
+                family, architecture, [task.name for task in tasks if task[:2] == (family, architecture)]
+            )
+    rows = {task: None if arguments.again else results.known(task.variant(), task.architecture) for task in tasks}
+    for task, row in measure_all([task for task in tasks if rows[task] is None], arguments.jobs):
+        rows[task] = row
+        results.add(task.family, task.variant(), row)
+        results.save()  # at once, for all of them take an hour
+    print(f"Triton {triton.__version__}", table(rows.values()), sep="\n\n")
+    return [
+        f"{task.name} on {task.architecture}: {problem}"
+        for task, row in rows.items()
+        for problem in problems(row, task.variant(), allowance_for(task.family, task.name, task.architecture))
+    ]
 
 
 if __name__ == "__main__":

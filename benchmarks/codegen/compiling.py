@@ -52,9 +52,13 @@ class Variant:
 
 def compile_for(variant: Variant, architecture: str) -> Any:
     """The compiled kernel, specialised as Triton's launcher would: on 16-divisible and on unit integers."""
-    parameters = variant.kernel.params
+    return triton.compile(source_of(variant), target=TARGETS[architecture], options=options_of(variant))
+
+
+def source_of(variant: Variant) -> ASTSource:
+    """What is compiled."""
     signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(parameters):
+    for index, parameter in enumerate(variant.kernel.params):
         value = variant.arguments[parameter.name]
         if parameter.is_constexpr or value is None or (_specialised(parameter, value) and value == 1):
             signature[parameter.name], constants[(index,)] = "constexpr", value
@@ -62,9 +66,12 @@ def compile_for(variant: Variant, architecture: str) -> Any:
         signature[parameter.name] = _type_of(value)
         if isinstance(value, Tensor) or (_specialised(parameter, value) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {name: variant.arguments[name] for name in OPTIONS if variant.arguments.get(name) is not None}
-    source = ASTSource(variant.kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGETS[architecture], options=options)
+    return ASTSource(variant.kernel, signature, constants, attributes)
+
+
+def options_of(variant: Variant) -> dict[str, int]:
+    """How it is launched."""
+    return {name: variant.arguments[name] for name in OPTIONS if variant.arguments.get(name) is not None}
 
 
 def _specialised(parameter: Any, value: Any) -> bool:

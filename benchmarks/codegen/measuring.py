@@ -1,15 +1,18 @@
-"""Compiles many kernels at once and holds each to the gate."""
+"""Compiles many kernels at once."""
 
 from __future__ import annotations
 
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from typing import NamedTuple
 
 from triton import knobs
 
-from benchmarks.codegen.report import Row, measure, problems
-from benchmarks.codegen.variants import allowance_for, variants_of
+from benchmarks.codegen.compiling import Variant
+from benchmarks.codegen.rows import Row, measure
+from benchmarks.codegen.variants import variants_of
 
 
 class Task(NamedTuple):
@@ -20,18 +23,27 @@ class Task(NamedTuple):
     main_only: bool
     name: str
 
-
-def measure_all(tasks: list[Task], jobs: int) -> tuple[list[Row], list[str]]:
-    """Rows in the order of the tasks, and what failed the gate, in words."""
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        results = list(pool.map(_measure_one, tasks))
-    failures = [f"{row.name} on {row.architecture}: {problem}" for row, found in results for problem in found]
-    return [row for row, _ in results], failures
+    def variant(self) -> Variant:
+        """The kernel itself."""
+        return _variants(*self[:3])[self.name]
 
 
-def _measure_one(task: Task) -> tuple[Row, list[str]]:
+def measure_all(tasks: list[Task], jobs: int) -> Iterator[tuple[Task, Row]]:
+    """Each task with its row, as they are done."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    try:
+        task_of = {pool.submit(_measure_one, task): task for task in tasks}
+        for done in as_completed(task_of):
+            yield task_of[done], done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@cache
+def _variants(family: str, architecture: str, main_only: bool) -> dict[str, Variant]:
+    return {variant.name: variant for variant in variants_of(family, architecture, main_only)}
+
+
+def _measure_one(task: Task) -> Row:
     knobs.compilation.always_compile = True  # a cached kernel would take no time to compile
-    candidates = variants_of(task.family, task.architecture, task.main_only)
-    variant = next(x for x in candidates if x.name == task.name)
-    row = measure(variant, task.architecture)
-    return row, problems(row, variant, allowance_for(task.family, task.name, task.architecture))
+    return measure(task.variant(), task.architecture)

@@ -1,81 +1,41 @@
-"""What a compiled kernel costs, whether it passes the gate, and how that is printed."""
+"""Whether a compiled kernel passes the gate, and how what it costs is printed."""
 
 from __future__ import annotations
 
-import os
-import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.codegen import sass
-from benchmarks.codegen.compiling import Variant, compile_for
-from benchmarks.codegen.variants import Allowance, Recorded
+from benchmarks.codegen.compiling import Variant
+from benchmarks.codegen.rows import SHARED_LIMIT, Row
+from benchmarks.codegen.variants import Allowance, Recorded, allowance_for, families, variants_of
 
-# Per SM and clock: tensor FLOP, then lanes of each pipe; an SM issues four warp instructions.
-RATES = {
-    "sm_80": {"tensor": 2048, "mufu": 16, "fp32": 64, "integer": 64},
-    "sm_90": {"tensor": 4096, "mufu": 16, "fp32": 128, "integer": 64},
-}
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+TITLE = """# What the kernels compile to
+
+Compiled ahead of time, without a GPU: nothing here was timed. Written by `make codegen`.
+
+wi/MF: warp instructions per MFLOP of the leanest inner loop (lower is better). limit: the pipe that bounds the loop.
+overlap, serial: share of the tensor peak that the counts allow if all pipes overlap perfectly, or not at all.
+"""
+RECORDED = """## Other people's kernels
+
+Recorded in an earlier study with Triton 3.9 and the same counting; not compiled here.
+
+"""
 TENSOR_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "MFMA"}
-REGISTER_FILE = 65536
 COMPILE_SECONDS = 20.0
+SPILLS_GATED = ("sm_80", "sm_90", "sm_100")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kernel on one architecture. Loop figures are those of the leanest inner loop: the one without masks."""
+class Entry:
+    """A row that is kept: its family, the release of Triton, and a digest of all that decides it."""
 
-    name: str
-    architecture: str
-    compile_seconds: float
-    registers: int
-    spilled_bytes: int
-    serialised: bool
-    shared_bytes: int
-    warps: int
-    stages: int
-    tensor_instruction: str
-    blocks_per_sm: int | None = None
-    loop: dict[str, int] | None = None
-    instructions_per_mflop: float | None = None
-    limit: str | None = None
-    overlapped: float | None = None
-    serial: float | None = None
-    accesses: int | None = None  # loads and stores of global memory, of a kernel without products
-    wide_accesses: int | None = None  # of these, the ones that move 16 bytes a thread
-    wide_share: float | None = None  # of the bytes moved
-
-
-def measure(variant: Variant, architecture: str) -> Row:
-    """Compile one kernel and read what came out."""
-    began = _processor_seconds()
-    compiled = compile_for(variant, architecture)
-    seconds = _processor_seconds() - began
-    figures: dict[str, Any] = {
-        "name": variant.name,
-        "architecture": architecture,
-        "compile_seconds": round(seconds, 2),
-        "shared_bytes": compiled.metadata.shared,
-        "warps": variant.arguments["num_warps"],
-        "stages": variant.arguments["num_stages"],
-    }
-    if "amdgcn" in compiled.asm:
-        return Row(**figures, **_amd(compiled.asm["amdgcn"], variant))
-    told = sass.resources(compiled.asm["ptx"], architecture)
-    figures |= {
-        "registers": told.registers, "spilled_bytes": told.spilled_bytes, "serialised": told.serialised,
-        "tensor_instruction": _ptx_tensor_instruction(compiled.asm["ptx"]),
-    }  # fmt: skip
-    instructions, loops = sass.disassemble(compiled.asm["cubin"])
-    if variant.products == "none":
-        return Row(**figures, **_accesses([x.bytes for x in instructions]))
-    if architecture in RATES:
-        limit = SHARED_LIMIT[architecture]
-        figures["blocks_per_sm"] = _blocks_per_sm(told.registers, figures["warps"], figures["shared_bytes"], limit)
-        figures |= _leanest(loops, architecture)
-    return Row(**figures)
+    family: str
+    triton: str
+    digest: str
+    row: Row
 
 
 def problems(row: Row, variant: Variant, allowed: Allowance) -> list[str]:
@@ -86,7 +46,7 @@ def problems(row: Row, variant: Variant, allowed: Allowance) -> list[str]:
         wrong.append(f"needs {row.shared_bytes} bytes of shared memory, the chip has {SHARED_LIMIT[row.architecture]}")
     if row.compile_seconds > COMPILE_SECONDS:
         wrong.append(f"took {row.compile_seconds} s to compile")
-    if row.architecture in RATES and row.spilled_bytes > allowed.spilled_bytes:
+    if row.architecture in SPILLS_GATED and row.spilled_bytes > allowed.spilled_bytes:
         wrong.append(f"spills {row.spilled_bytes} bytes, {allowed.spilled_bytes} are allowed")
     if loop.get("local", 0) > allowed.loop_spills:
         wrong.append(f"has {loop['local']} spills in its inner loop, {allowed.loop_spills} are allowed")
@@ -131,85 +91,41 @@ def recorded_table(figures: Iterable[Recorded]) -> str:
     return _markdown(heads, lines)
 
 
-def as_json(rows: Iterable[Row], figures: Iterable[Recorded]) -> dict[str, Any]:
-    """Every figure of every row."""
-    return {"rows": [asdict(row) for row in rows], "recorded": [asdict(figure) for figure in figures]}
+def page(entries: Iterable[Entry], figures: Iterable[Recorded]) -> str:
+    """The results as a Markdown page, from all that is known."""
+    entries = list(entries)
+    parts = [TITLE]
+    for release in dict.fromkeys(entry.triton for entry in entries):
+        found = [entry for entry in entries if entry.triton == release]
+        chips = Counter(entry.row.architecture for entry in found)
+        counts = ", ".join(f"{count} of {_kernels(chip)} for {chip}" for chip, count in chips.items())
+        parts.append(f"## Compiled by Triton {release}\n\nKernels: {counts}.\n")
+        parts.append(_exceptions(found))
+        parts.append(table(entry.row for entry in found) + "\n")
+    parts.append(RECORDED + recorded_table(figures) + "\n")
+    return "\n".join(filter(None, parts))
+
+
+def _kernels(architecture: str) -> int:
+    """How many there are."""
+    return sum(len(variants_of(family, architecture, main_only=False)) for family in families())
+
+
+def _exceptions(entries: list[Entry]) -> str:
+    """What the gate lets pass by name, where it is made use of."""
+    lines = []
+    for entry in entries:
+        row = entry.row
+        allowed = allowance_for(entry.family, row.name, row.architecture)
+        if allowed.reason:
+            lines.append(
+                (row.name, row.architecture, row.spilled_bytes, (row.loop or {}).get("local", 0), allowed.reason)
+            )
+    heads = ("exception from the gate", "chip", "spilled bytes", "of these instructions in the loop", "reason")
+    return _markdown(heads, lines) + "\n" if lines else ""
 
 
 def _markdown(heads: tuple[str, ...], lines: Iterable[tuple[Any, ...]]) -> str:
     text = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     text += ["| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |" for cells in lines]
     return "\n".join(text)
-
-
-def _processor_seconds() -> float:
-    """Of this process and of those it waited for; the wall clock would count other programs' work as ours."""
-    return sum(os.times()[:4])
-
-
-def _leanest(loops: list[list[sass.Instruction]], architecture: str) -> dict[str, Any]:
-    """The inner loop with the fewest instructions a FLOP, and the bounds that its counts imply."""
-    multiplying = [(loop, sum(x.flops for x in loop)) for loop in loops]
-    multiplying = [(loop, flops) for loop, flops in multiplying if flops]
-    if not multiplying:
-        return {}
-    loop, flops = min(multiplying, key=lambda pair: len(pair[0]) / pair[1])
-    counts = sass.pipes(loop)
-    rates = RATES[architecture]
-    clocks = {pipe: counts[pipe] * 32 / rates[pipe] for pipe in ("mufu", "fp32", "integer")}
-    clocks["issue"] = len(loop) / 4
-    clocks["tensor"] = flops / rates["tensor"]
-    limit = max(clocks, key=clocks.__getitem__)
-    in_a_row = sum(clocks[pipe] for pipe in ("mufu", "fp32", "integer", "tensor"))
-    return {
-        "loop": {"all": len(loop), **dict(counts)},
-        "instructions_per_mflop": round(len(loop) / flops * 1e6),
-        "limit": limit,
-        "overlapped": round(clocks["tensor"] / clocks[limit], 2),
-        "serial": round(clocks["tensor"] / in_a_row, 2),
-    }
-
-
-def _accesses(sizes: Iterable[int]) -> dict[str, Any]:
-    """How many loads and stores of global memory move 16 bytes a thread, from the bytes each moves."""
-    sizes = [size for size in sizes if size]
-    wide = [size for size in sizes if size >= 16]
-    share = round(sum(wide) / sum(sizes), 3) if sizes else 0.0
-    return {"accesses": len(sizes), "wide_accesses": len(wide), "wide_share": share}
-
-
-def _blocks_per_sm(registers: int, warps: int, shared: int, limit: int) -> int:
-    by_registers = REGISTER_FILE // (-(-registers // 8) * 8 * 32 * warps)
-    by_shared = limit // max(1, shared + 1024)
-    return min(by_registers, by_shared, 64 // warps)
-
-
-def _ptx_tensor_instruction(ptx: str) -> str:
-    return next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "")
-
-
-def _amd(text: str, variant: Variant) -> dict[str, Any]:
-    def figure(name: str) -> int:
-        return max((int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", text)), default=0)
-
-    figures = {
-        "registers": figure("vgpr_count"),
-        "spilled_bytes": 4 * (figure("vgpr_spill_count") + figure("sgpr_spill_count")),
-        "serialised": False,
-        "tensor_instruction": "MFMA" if "v_mfma" in text else "",
-    }
-    if variant.products != "none":
-        return figures
-    words = re.findall(r"\b(?:global|buffer|flat)_(?:load|store)_(\w+)", text)
-    bits = {
-        "ubyte": 1,
-        "sbyte": 1,
-        "byte": 1,
-        "ushort": 2,
-        "sshort": 2,
-        "short": 2,
-        "dwordx2": 8,
-        "dwordx3": 12,
-        "dwordx4": 16,
-    }
-    return figures | _accesses([bits.get(word, 4) for word in words])

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.codegen.compiling import Variant
-from benchmarks.codegen.report import Row, problems, table
+from benchmarks.codegen.report import problems, table
+from benchmarks.codegen.rows import Row
 from benchmarks.codegen.variants import NOTHING, Allowance, allowance_for, families, family_module
 
 GOOD = Row("kernel", "sm_90", 3.0, 168, 0, False, 65536, 4, 2, "wgmma", 2, {"all": 500, "asynchronous": 2}, 500.0)
