@@ -118,7 +118,7 @@ _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
 # Instead of the plain ones above. Logits come from tensor memory all at once on sm_100: 128 × 64 spills 232 bytes,
 # 64 × 64 with 2 stages 48.
 _PLAIN_ON_SM_100 = {("backward_keys", 64): _C(64, 64, 4, 2, True), ("backward_keys", 128): _C(64, 64, 4, 3, True)}
-# With Triton 3.6, 64 × 64 with 4 warps spills 40 bytes, with 3 stages 16; this: 645 wi/MF rather than 380.
+# With Triton 3.6, 64 × 64 with 4 warps spills 40 bytes, with 3 stages 16; this: 605 wi/MF rather than 380.
 _PLAIN_ON_OLD_TRITON = {("backward_keys", 128): _C(64, 64, 8, 2, True)}
 # Where sm_90 must read by pointers, its wgmmas keep more in registers: smaller tiles.
 _POINTERS_WGMMA: dict[str, dict[int, tuple[Configuration, ...]]] = {
