@@ -36,13 +36,15 @@ def read_arguments(kind: type[Arguments], config: str | Path | None, overrides: 
     for key in given:
         _require_known(key, names, f"the file {config}")
     parser = _Parser(kind, prog=kind.__name__, allow_abbrev=False)
+    for word in overrides:  # before values are looked at: a misspelt key must not be told as a missing one
+        key = word.removeprefix("--").split("=")[0].replace("-", "_")
+        if word.startswith("--") and key.removeprefix("no_") not in names:
+            _require_known(key, names, "the command line")
     parser.set_defaults(**given)
     arguments, rest = parser.parse_args_into_dataclasses(
         args=list(overrides), look_for_args_file=False, return_remaining_strings=True
     )
     if rest:
-        if rest[0].startswith("--"):
-            _require_known(rest[0].lstrip("-").split("=")[0], names, "the command line")
         raise UserError(f"{rest[0]!r} on the command line belongs to no option: write --key value")
     return arguments
 

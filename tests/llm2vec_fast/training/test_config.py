@@ -148,6 +148,14 @@ def test_wrong_options_are_refused(config: Path, options: list[str], message: st
         read_arguments(MntpArguments, config, options)
 
 
+def test_a_misspelt_key_is_told_before_the_one_that_is_then_missing() -> None:
+    with pytest.raises(UserError, match=r"unknown key 'train_fil': did you mean train_file\?"):
+        read_arguments(MntpArguments, None, ["--train-fil", "texts.txt"])
+    assert not read_arguments(
+        MntpArguments, None, ["--model-name-or-path=m", "--train_file", "t", "--no_dataloader_pin_memory", "--lora-r=0"]
+    ).lora_r
+
+
 def test_missing_files_and_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model_name_or_path is not given"):
         read_arguments(MntpArguments, None, ["--train_file", "a.txt"])
