@@ -57,8 +57,9 @@ def problems(row: Row, variant: Variant, allowed: Allowance) -> list[str]:
         wrong.append(f"multiplies by {row.tensor_instruction or 'no tensor instruction'}, not {tensor}")
     if loop and row.stages > 1 and not loop.get("asynchronous") and not allowed.synchronous:
         wrong.append("copies nothing asynchronously in its loop")
-    if row.wide_share is not None and row.wide_share < variant.wide:
-        wrong.append(f"moves {row.wide_share:.0%} of its bytes 16 at a time, {variant.wide:.0%} are asked for")
+    wide = variant.wide if allowed.wide is None else allowed.wide
+    if row.wide_share is not None and row.wide_share < wide:
+        wrong.append(f"moves {row.wide_share:.0%} of its bytes 16 at a time, {wide:.0%} are asked for")
     return wrong
 
 

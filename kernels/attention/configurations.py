@@ -115,9 +115,18 @@ _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
         256: (_C(64, 16, 8, 2), _C(64, 16, 8, 2), _C(64, 16, 8, 2)),
     },
 }
-# Instead of the plain ones above. Logits come from tensor memory all at once on sm_100: 128 × 64 spills 232 bytes,
-# 64 × 64 with 2 stages 48.
-_PLAIN_ON_SM_100 = {("backward_keys", 64): _C(64, 64, 4, 2, True), ("backward_keys", 128): _C(64, 64, 4, 3, True)}
+# Instead of those above. Logits come from tensor memory all at once on sm_100: for 64, 128×64 spills 232 bytes, and
+# 64×64 with 4 warps 192 where it is causal; for 128, 64×64 with 2 stages 48; for 256, 16×64 with 2 stages 980.
+_DESCRIBED_ON_SM_100: dict[tuple[str, int], tuple[Configuration, ...]] = {
+    ("backward_keys", 64): (_C(64, 64, 4, 2, True), _C(64, 64, 8, 2, True), _C(64, 64, 8, 2, True)),
+    ("backward_keys", 128): (_C(64, 64, 4, 3, True), _C(32, 64, 8, 2, True), _C(16, 64, 8, 1, True)),
+    ("backward_keys", 256): (_C(32, 64, 8, 1, True), _C(32, 64, 8, 1, True), _C(16, 64, 8, 1, True)),
+    ("backward_queries", 128): (_C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True), _C(64, 64, 8, 2, True)),
+}
+_POINTERS_ON_SM_100: dict[tuple[str, int], tuple[Configuration, ...]] = {
+    ("backward_keys", 128): (_C(16, 64, 8, 2), _C(16, 64, 8, 2), _C(16, 64, 8, 1)),
+    ("backward_queries", 128): (_C(128, 32, 8, 2), _C(128, 32, 8, 2), _C(64, 32, 8, 2)),
+}
 # With Triton 3.6, 64 × 64 with 4 warps spills 40 bytes, with 3 stages 16; this: 605 wi/MF rather than 380.
 _PLAIN_ON_OLD_TRITON = {("backward_keys", 128): _C(64, 64, 8, 2, True)}
 # Where sm_90 must read by pointers, its wgmmas keep more in registers: smaller tiles.
@@ -127,10 +136,11 @@ _POINTERS_WGMMA: dict[str, dict[int, tuple[Configuration, ...]]] = {
         128: (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(128, 32, 8, 2)),
         256: (_C(64, 32, 8, 2),) * 3,
     },
+    # For 128 with dropout 32×64 spills 72 bytes; for 256 16×64 spills 428.
     "backward_keys": {
         64: (_C(32, 64, 4, 2),) * 3,
-        128: (_C(32, 64, 8, 2),) * 3,
-        256: (_C(16, 64, 8, 2),) * 3,
+        128: (_C(32, 64, 8, 2), _C(32, 64, 8, 2), _C(16, 64, 8, 2)),
+        256: (_C(16, 32, 8, 2), _C(16, 32, 8, 2), _C(16, 16, 8, 2)),
     },
     "backward_queries": {
         64: (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(128, 32, 8, 2)),
@@ -201,12 +211,12 @@ def _choose(
         table = _DESCRIBED if describable else _POINTERS_WGMMA
     else:
         table = _POINTERS
-    config = table[kernel][width][demand.value]
-    if table is _DESCRIBED and demand is Demand.PLAIN:
-        if architecture.startswith("sm_100"):
-            config = _PLAIN_ON_SM_100.get((kernel, width), config)
-        if _old_triton():
-            config = _PLAIN_ON_OLD_TRITON.get((kernel, width), config)
+    row = table[kernel][width]
+    if architecture.startswith("sm_100"):
+        row = (_DESCRIBED_ON_SM_100 if table is _DESCRIBED else _POINTERS_ON_SM_100).get((kernel, width), row)
+    config = row[demand.value]
+    if table is _DESCRIBED and demand is Demand.PLAIN and _old_triton():
+        config = _PLAIN_ON_OLD_TRITON.get((kernel, width), config)
     return replace(config, split=block_d(head_dim) > 64)
 
 

@@ -32,36 +32,42 @@ class Configuration:
         }
 
 
-# float32 products use no tensor core: the tiles only need to fit.
+# float32 products use no tensor core: the tiles only need to fit. The gradient's spill 256 bytes at steps of 32.
 _FLOAT32 = Configuration(64, 64, 32, 4, 2)
+_FLOAT32_PRODUCT = Configuration(64, 64, 16, 4, 2)
+# Where tiles of 256 columns spill: 592 to 3304 bytes under the rules that ask for more, 256 to 2304 in the products.
+_NARROW = Configuration(128, 128, 64, 8, 3, descriptors=True)
 
 
 @cache
-def sums(dtype: torch.dtype, architecture: str) -> Configuration:
-    """How the kernel of the softmax denominators is launched."""
+def sums(dtype: torch.dtype, architecture: str, width: int) -> Configuration:
+    """How the kernel of the softmax denominators is launched, for rows of so many columns."""
     if dtype == torch.float32:
         return _FLOAT32
     if architecture.startswith(NEWER):
         return Configuration(128, 256, 64, 8, 3, descriptors=True)
     if architecture.startswith("gfx"):
         return Configuration(128, 128, 32, 8, 2)
-    return Configuration(128, 256, 32, 8, 3)
+    # Rows that do not begin at whole vectors take addresses of their own: at 256 columns they spill 360 bytes.
+    return Configuration(128, 256 if width % 16 == 0 else 128, 32, 8, 3)
 
 
 @cache
-def weights(dtype: torch.dtype, architecture: str) -> Configuration:
-    """How the kernel of the similarities' gradient is launched."""
+def weights(dtype: torch.dtype, architecture: str, ruled: bool) -> Configuration:
+    """How the kernel of the similarities' gradient is launched; ``ruled``: symmetric, or with a margin."""
     if dtype == torch.float32:
         return _FLOAT32
     if architecture.startswith(NEWER):
-        return Configuration(128, 256, 64, 8, 3, descriptors=True)
+        return _NARROW if ruled else Configuration(128, 256, 64, 8, 3, descriptors=True)
     return Configuration(128, 128, 32, 8, 2 if architecture.startswith("gfx") else 3)
 
 
 @cache
-def product(dtype: torch.dtype, architecture: str) -> Configuration:
-    """How the kernel is launched that multiplies that gradient with rows."""
-    if dtype != torch.float32 and architecture.startswith("sm_100"):
-        # Tiles of 256 columns spill 256 and 368 bytes when they leave tensor memory; these none.
-        return Configuration(128, 128, 64, 8, 3, descriptors=True)
-    return weights(dtype, architecture)
+def product(dtype: torch.dtype, architecture: str, width: int) -> Configuration:
+    """How the kernel is launched that multiplies that gradient with rows of so many columns."""
+    if dtype == torch.float32:
+        return _FLOAT32_PRODUCT
+    if architecture.startswith(NEWER):
+        wide = width % 256 == 0 and not architecture.startswith("sm_100")
+        return Configuration(128, 256, 64, 8, 3, descriptors=True) if wide else _NARROW
+    return Configuration(128, 128, 32, 8, 2 if architecture.startswith("gfx") or width % 16 else 3)

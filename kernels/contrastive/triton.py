@@ -266,7 +266,7 @@ def negative_sums(x: Side, y: Side, scale: Tensor, columns: bool, bounded: bool)
 
 
 def _row_sums(x: Side, y: Side, scale: Tensor, bounded: bool) -> LogSum:
-    config = configurations.sums(x.rows.dtype, architecture_of(x.rows.device))
+    config = configurations.sums(x.rows.dtype, architecture_of(x.rows.device), x.rows.shape[1])
     tiles = triton.cdiv(y.count, config.block_columns)
     step = max(1, PARTIAL_BYTES // (8 * tiles * config.block_rows)) * config.block_rows
     sums = []
@@ -290,7 +290,7 @@ def add_gradients(
 ) -> None:
     """As `blocked.add_gradients`, a panel at a time."""
     architecture = architecture_of(x.rows.device)
-    config = configurations.weights(x.rows.dtype, architecture)
+    config = configurations.weights(x.rows.dtype, architecture, is_ruled(x, y))
     panel = x.rows.new_empty(tuple(_whole_tiles(n) for n in (x.count, min(PANEL_COLUMNS, y.count))))
     for block in blocks(y.count, PANEL_COLUMNS):
         part = y.part(block)
@@ -304,13 +304,18 @@ def add_gradients(
             _add_product(h, x.rows, into_y[block], True)
 
 
+def is_ruled(x: Side, y: Side) -> bool:
+    """Whether the gradient of a similarity has more terms than the plain loss of x's rows."""
+    return y.weight is not None or x.limit is not None or y.limit is not None
+
+
 def _whole_tiles(count: int) -> int:
     return -(-count // LARGEST_TILE) * LARGEST_TILE
 
 
 def _add_product(h: Tensor, v: Tensor, into: Tensor, transposed: bool) -> None:
     """into += h·v, or hᵀ·v."""
-    config = configurations.product(h.dtype, architecture_of(h.device))
+    config = configurations.product(h.dtype, architecture_of(h.device), v.shape[1])
     tiles = triton.cdiv(into.shape[0], config.block_rows) * triton.cdiv(into.shape[1], config.block_columns)
     _product_kernel[(tiles,)](**product_arguments(h, v, into, transposed, config))
 

@@ -31,7 +31,8 @@ class Allowance:
     spilled_bytes: int = 0
     loop_spills: int = 0  # local loads and stores in the leanest inner loop
     synchronous: bool = False  # the loop may copy without asynchronous instructions
-    tensor_instruction: str | None = None  # instead of wgmma on sm_90
+    tensor_instruction: str | None = None  # instead of the chip's own
+    wide: float | None = None  # the share of bytes moved 16 at a time, instead of what the variant asks for
 
 
 NOTHING = Allowance("")

@@ -33,6 +33,21 @@ ALLOWANCES = {
     ("attention-forward-D128-bfloat16-dropout", "sm_80"): Allowance("counters of the random numbers", 8),
     ("attention-dq-D64-float32-all", "sm_80"): Allowance("every rule at once, without tensor cores", 32),
     ("attention-forward-D128-bfloat16-all", "sm_80"): Allowance("counters of the random numbers", 8),
+    **{
+        ("attention-dq-D256-float32", chip): Allowance("rows of 256 without tensor cores, in the smallest tiles", count)
+        for chip, count in (("sm_80", 8), ("sm_90", 8), ("sm_100", 16))
+    },
+    **{
+        (f"attention-dk-dv-D256-bfloat16{rule}-pointers", chip): Allowance(
+            "tiles of 64 keys, which wgmma and tcgen05 take, spill 428 bytes in the loop", tensor_instruction="mma.sync"
+        )
+        for rule, chip in product(("", "-all"), DESCRIBED)
+    },
+    ("attention-dk-dv-D16-bfloat16", "sm_100"): Allowance("logits leave tensor memory all at once", 40),
+    ("attention-dk-dv-D64-bfloat16-all", "sm_100"): Allowance("every rule at once", 16),
+    ("attention-dk-dv-D128-tf32", "sm_100"): Allowance("float32 tiles", 8),
+    ("attention-dq-D128-float32-all", "sm_100"): Allowance("every rule at once, without tensor cores", 108),
+    ("attention-forward-D64-float32-all", "sm_100"): Allowance("every rule at once, without tensor cores", 16),
 }
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 
 from benchmarks.codegen.compiling import Variant
+from benchmarks.codegen.variants import Allowance
 from llm2vec_fast.kernels.rms_norm import triton
 
 ROWS, EPS = 512, 1e-6
 WIDE = 0.9  # the rest is one number a row
 KINDS = ("forward", "forward-residual", "backward", "backward-frozen")
+# Half of a wave's lanes have columns in the last part of a row of 576.
+ALLOWANCES = {
+    (f"rms-norm-{kind}-D576-bfloat16", "gfx942"): Allowance("rows that waves of 64 lanes do not fill", wide=share)
+    for kind, share in zip(KINDS, (0.72, 0.84, 0.86, 0.8), strict=True)
+}
 
 
 def rms_norm(kind: str, columns: int, dtype: torch.dtype = torch.bfloat16) -> Variant:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 
 from benchmarks.codegen.compiling import Variant
+from benchmarks.codegen.variants import Allowance
 from llm2vec_fast.kernels.rotary import triton
 
 LENGTH, HEADS, KV_HEADS = 512, 32, 8
+ALLOWANCES = {
+    ("rotary-D128-w96-bfloat16", "gfx942"): Allowance("rows that waves of 64 lanes do not fill", wide=0.85),
+}
 
 
 def rotary(head_dim: int, width: int, transposed: bool = False, dtype: torch.dtype = torch.bfloat16) -> Variant:
