@@ -108,7 +108,8 @@ def _simcse_packed(model: nn.Module) -> Step:
     def step(texts: list[Tensor]) -> Tensor:
         layout = SequenceLayout.from_lengths([text.shape[1] for text in texts] * 2)
         ids = torch.cat(texts * 2, dim=1)[:1]
-        rows = model(input_ids=ids, layout=layout, position_ids=layout.position_ids.view(1, -1)).rows
+        positions = layout.position_ids.view(1, -1)
+        rows = model(input_ids=ids, layout=layout, position_ids=positions, embed=True).rows
         return contrastive_loss(*rows.chunk(2), scale=SCALE)
 
     return step
