@@ -11,6 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..products import goes_through_onednn
+from ..products import product as single_product
+
 # Measured on 2 Zen 5 cores. From so many multiplications on, one call of oneDNN is faster than MKL; and from so many
 # scores a step on, products through oneDNN are faster than PyTorch's flash attention.
 LEAST_MULTIPLICATIONS = 4 * 1024 * 1024
@@ -22,29 +25,18 @@ def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     if a.shape[0] != 1 or not runs_alone(a, a.shape[1] * a.shape[2] * b.shape[2]):
         return torch.bmm(a, b) if scale == 1 else torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
     if scale == 1:
-        return _linear(a[0], b[0])[None]
+        return single_product(a[0], b[0])[None]
     if a.shape[2] < b.shape[2]:  # of a and the result, a is smaller
-        return _linear(a[0] * scale, b[0])[None]
-    return _linear(a[0], b[0])[None].mul_(scale)
+        return single_product(a[0] * scale, b[0])[None]
+    return single_product(a[0], b[0])[None].mul_(scale)
 
 
 def runs_alone(like: Tensor, multiplications: int) -> bool:
     """Whether a product of so many multiplications is faster as a call of oneDNN of its own."""
-    return (
-        like.dtype == torch.float32
-        and like.device.type == "cpu"
-        and multiplications >= LEAST_MULTIPLICATIONS
-        and torch.backends.mkldnn.is_available()
-    )
+    return multiplications >= LEAST_MULTIPLICATIONS and goes_through_onednn(like)
 
 
 def least_length_alone(shared: int, query_block: int) -> int:
     """The shortest sequence of which a step, ``query_block`` queries of ``shared`` heads, has LEAST_SCORES."""
     length = math.ceil(LEAST_SCORES / (shared * query_block))
     return length if length >= query_block else math.ceil(math.sqrt(LEAST_SCORES / shared))
-
-
-def _linear(a: Tensor, b: Tensor) -> Tensor:
-    """(r, k) · (k, c); copied where need be, for oneDNN has no fast code for a matrix with gaps."""
-    b = b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
