@@ -49,6 +49,22 @@ def whole_or_gone(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def told_if_unwritable(folder: Path) -> Iterator[None]:
+    """While a stage runs that writes into ``folder``.
+
+    Raises:
+        UserError: it cannot be written; the message says why and what to do.
+    """
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        raise UserError(
+            f"{folder} cannot be written: {reason_of(error)}; make room and start again, training goes on from the "
+            "last checkpoint"
+        ) from error
+
+
 def reason_of(error: BaseException) -> str:
     """Why writing failed, in a line."""
     if isinstance(error, OSError) and error.strerror:

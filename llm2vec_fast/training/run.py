@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import StageArguments
-from llm2vec_fast.training.checkpoints import WRITE_ERRORS, last_checkpoint, reason_of, whole_or_gone
+from llm2vec_fast.training.checkpoints import last_checkpoint, told_if_unwritable, whole_or_gone
 from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.models import StageModel
 from llm2vec_fast.training.output import save_encoder
@@ -65,7 +65,7 @@ def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> 
         UserError: the output folder cannot be written.
     """
     folder = Path(arguments.output_dir)
-    try:
+    with told_if_unwritable(folder):
         if trainer.is_world_process_zero():
             write_arguments(arguments, folder)
         last = arguments.resume_from_checkpoint or last_checkpoint(folder)
@@ -75,11 +75,6 @@ def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> 
         if arguments.validation_file:
             trainer.save_metrics("eval", trainer.evaluate())
         save_encoder(trainer, arguments, stage)
-    except WRITE_ERRORS as error:
-        raise UserError(
-            f"{folder} cannot be written: {reason_of(error)}; make room and start again, training goes on from the "
-            "last checkpoint"
-        ) from error
     return result
 
 

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, set_seed
+from transformers import EvalPrediction, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.training.checkpoints import last_checkpoint
+from llm2vec_fast.training.checkpoints import last_checkpoint, told_if_unwritable
 from llm2vec_fast.training.config import write_arguments
+from llm2vec_fast.training.run import StageTrainer
 
 from .arguments import WordLevelArguments
 from .classifier import Head, save_head
@@ -38,7 +39,13 @@ def train_word_level(arguments: WordLevelArguments) -> TrainOutput:
 
     Raises:
         UserError: the encoder, the sentences or the settings do not allow it; the message says what to do.
+        NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
     """
+    with told_if_unwritable(Path(arguments.output_dir)):
+        return _train(arguments)
+
+
+def _train(arguments: WordLevelArguments) -> TrainOutput:
     files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
     sentences = {
         name: read_sentences(some, arguments.word_column, arguments.label_column)
@@ -89,8 +96,8 @@ class Words(torch.utils.data.Dataset):
         return {"features": features, "labels": torch.from_numpy(self._labels[rows])}
 
 
-class WordLevelTrainer(Trainer):
-    """transformers' Trainer, which predicts the numbers of labels instead of their scores."""
+class WordLevelTrainer(StageTrainer):
+    """Predicts the numbers of labels instead of their scores."""
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None

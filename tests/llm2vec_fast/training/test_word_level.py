@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from safetensors.torch import load_file
 
 from llm2vec_fast import LLM2Vec
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.training.word_level import WordClassifier, WordLevelArguments, train_word_level
+from llm2vec_fast.training.run import NonFiniteLossError
+from llm2vec_fast.training.word_level import WordClassifier, WordLevelArguments, stage, train_word_level
 from llm2vec_fast.training.word_level.features import embed_words, word_features
 from llm2vec_fast.training.word_level.scores import word_scores
 from llm2vec_fast.training.word_level.sentences import read_sentences
@@ -125,6 +128,22 @@ def test_two_processes_and_accumulation_train_as_one_on_the_joined_batch(
     for other in others:
         for name in one:
             assert_matches(other[name].numpy(), one[name].numpy())
+
+
+def test_a_full_disk_and_a_loss_that_is_not_finite_are_told(
+    arguments: Callable[..., WordLevelArguments], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(NonFiniteLossError, match=r"the loss is nan at step 2: lower learning_rate=inf"):
+        train_word_level(arguments("broken", learning_rate=float("inf"), lr_scheduler_type="constant"))
+    assert (tmp_path / "broken" / "checkpoint-1").is_dir()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stage, "save_head", full)
+    with pytest.raises(UserError, match=r"full cannot be written: No space left on device; make room and start again"):
+        train_word_level(arguments("full"))
+    assert (tmp_path / "full" / "checkpoint-4").is_dir()
 
 
 def test_tables_and_columns_hold_the_same_sentences(columns: str, tmp_path: Path) -> None:
