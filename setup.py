@@ -35,6 +35,7 @@ TEST = [
     "hypothesis>=6.100",
     "pytest>=8.4",
     "pytest-benchmark>=5",
+    "pytest-timeout>=2.3",
     "ruff>=0.17,<0.18",
     "setuptools>=77",
 ]

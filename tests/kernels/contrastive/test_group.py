@@ -1,13 +1,11 @@
 """Across ranks, with unequal numbers of rows, loss and gradients are those of one process that has every row."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from contrastive_cases import Case
 from numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within
+from ranks import on_ranks
 
 from llm2vec_fast.kernels.contrastive import contrastive_loss
 
@@ -61,9 +59,7 @@ def _in_one_process(ranks, rule, names, dtype, reduction, compute):
     return losses, loss, *torch.autograd.grad(loss, (*tensors, scale))
 
 
-def _rank(rank, ranks, port, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+def _rank(rank, ranks):
     found = []
     for rule, names, dtype, reduction in CASES:
         queries, documents = (x[rank].clone().requires_grad_() for x in _rows(ranks, rule, dtype))
@@ -73,22 +69,16 @@ def _rank(rank, ranks, port, results):
         gradients = torch.autograd.grad(loss, (queries, documents, scale))
         losses = contrastive_loss(queries, documents, reduction="none", **settings)
         found.append([x.detach() for x in (loss, *gradients, losses)])
-    torch.save(found, f"{results}/{rank}.pt")
     if ranks > 1:
         with pytest.raises(ValueError, match="they must agree"):
             contrastive_loss(torch.ones(2, 3 + rank), torch.ones(2, 3 + rank), group=dist.group.WORLD)
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda ranks: f"{ranks}-ranks")
 def ring(request, tmp_path_factory):
     """What every rank found for every case."""
-    results = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_rank, (request.param, port, str(results)), nprocs=request.param)
-    return request.param, [torch.load(results / f"{rank}.pt") for rank in range(request.param)]
+    return request.param, on_ranks(request.param, tmp_path_factory.mktemp("ranks"), _rank, request.param)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i][:2])))

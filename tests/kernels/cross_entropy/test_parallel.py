@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from cross_entropy_ranks import CASE, RULES, SPLITS, run
 from numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within
+from ranks import on_ranks
 
 from llm2vec_fast.kernels.cross_entropy import linear_cross_entropy
 from llm2vec_fast.kernels.dispatch import BackendUnavailableError
@@ -12,9 +12,7 @@ from llm2vec_fast.kernels.dispatch import BackendUnavailableError
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run, (str(folder / "rendezvous"), str(folder)), nprocs=len(SPLITS))
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(len(SPLITS))]
+    return on_ranks(len(SPLITS), tmp_path_factory.mktemp("ranks"), run)
 
 
 def whole(dtype, rule):

@@ -1,12 +1,11 @@
 """GradCache gives the gradients of the whole batch, in the memory of a chunk, on one process and on several."""
 
-import socket
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from ranks import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -168,9 +167,7 @@ def test_a_wrong_chunk_size_or_encoder_is_refused():
         GradCache(lambda x: x.new_ones(8), contrastive_loss, 4)(*_rows(4, 4))
 
 
-def _rank(rank, port, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _rank(rank):
     model = DistributedDataParallel(_model())
     exchanged = []
 
@@ -183,15 +180,11 @@ def _rank(rank, port, results):
     step = GradCache(model, lambda q, d: 2 * contrastive_loss(q, d, group=dist.group.WORLD), 4)
     for seed in (1, 2):
         step(*(x[rank::2] for x in _rows(18, 26, seed)), factor=0.5, synchronise=seed == 2)
-    torch.save((_gradients(model), exchanged), f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    return _gradients(model), exchanged
 
 
 def test_two_ranks_of_distributed_data_parallel_get_the_gradients_of_one_process(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    found = on_ranks(2, tmp_path, _rank)
     whole = _model()
     for seed in (1, 2):
         # Row i of a rank belongs to document i of that rank: 9 queries and 13 documents on each.
@@ -199,7 +192,6 @@ def test_two_ranks_of_distributed_data_parallel_get_the_gradients_of_one_process
         loss = contrastive_loss(whole(queries), whole(documents), positives=torch.arange(18))
         (loss / 2).backward()
     parameters = sum(x.numel() for x in whole.parameters())
-    for rank in range(2):
-        gradients, exchanged = torch.load(tmp_path / f"{rank}.pt")
+    for gradients, exchanged in found:
         _assert_same(gradients, _gradients(whole))
         assert exchanged == [parameters]  # once, after two steps of six chunks each
