@@ -67,7 +67,7 @@ setup(
     ],
     packages=PRODUCT + KERNELS,
     package_dir={"llm2vec_fast": "llm2vec_fast", "llm2vec_fast.kernels": "kernels"},
-    package_data={"llm2vec_fast": ["py.typed", "training/configs/*/*.yaml"]},
+    package_data={"llm2vec_fast": ["py.typed", "training/configs/*/*.yaml", "adapters/*/*"]},
     python_requires=">=3.10",
     install_requires=REQUIRED,
     extras_require={

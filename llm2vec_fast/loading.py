@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
+from .adapters import adapter_source
 from .errors import ModelLoadError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -64,7 +65,8 @@ def load(
     Args:
         base: a folder, a hub name, a GGUF file, or an adapter's folder or hub name. Such an adapter names its own base;
             it is merged into it.
-        adapter: an adapter to put on top, in peft's key style or in that of the original training scripts.
+        adapter: an adapter to put on top, in peft's key style or in that of the original training scripts: a folder, a
+            hub name, or the name of one that comes with the library.
         merge: merge ``adapter`` into the weights.
         dtype: what the weights are loaded in.
         trust_remote_code: run code that comes with the checkpoint.
@@ -84,9 +86,10 @@ def load(
     if first_adapter:
         model = merged(put_on(model, first_adapter))
     if adapter is not None:
-        model = put_on(model, str(adapter))
+        adapter = adapter_source(adapter)
+        model = put_on(model, adapter)
         model = merged(model) if merge else model
-    settings = _read_json(str(adapter) if adapter is not None else base, SETTINGS_FILE) or {}
+    settings = _read_json(adapter if adapter is not None else base, SETTINGS_FILE) or {}
     return Loaded(model, tokenizer, _published_name(base, source), settings)
 
 

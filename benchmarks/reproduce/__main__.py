@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.fetch.packages import FetchError, cache_folder
-from benchmarks.reproduce import measure, stages, table
+from benchmarks.reproduce import measure, release, stages, table
 
 TRAINED: dict[str, Callable[[Path], None]] = {
     "mntp": stages.train_mntp,
@@ -31,6 +31,7 @@ def steps() -> dict[str, Callable[[Path], object]]:
             found[f"train-{encoder.stage}"] = TRAINED[encoder.stage]
         for name, of_encoder in MEASURES.items():
             found[f"{name}-{encoder.name}"] = partial(of_encoder, encoder)
+    found["release"] = release.release
     return found
 
 

@@ -13,6 +13,7 @@ from benchmarks.fetch import smollm2
 from benchmarks.reproduce import pairs, texts
 
 CONFIG = "smollm2-135m"
+STAGES = ("mntp", "simcse", "contrastive")
 ADAPTER = "adapter_model.safetensors"
 _SECONDS = "seconds.json"  # of a stage, over all its runs
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.bulk.fingerprint import locate
 from llm2vec_fast.bulk.settings import CPU_ROWS_PER_SHARD, GPU_ROWS_PER_SHARD, EmbedSettings
 from llm2vec_fast.errors import UserError
@@ -59,7 +60,7 @@ def load_encoder(settings: EmbedSettings) -> Encoder:
         "device": settings.device,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    adapter = str(locate(settings.adapter)) if settings.adapter else None
+    adapter = str(locate(adapter_source(settings.adapter))) if settings.adapter else None
     return LLM2Vec.from_pretrained(
         str(locate(settings.model)),
         adapter,

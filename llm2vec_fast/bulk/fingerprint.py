@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.bulk.files import sha256_of
 from llm2vec_fast.errors import ModelLoadError
 
@@ -67,7 +68,7 @@ def fingerprint(model: str, adapter: str | None, known: Mapping[str, Any] | None
     return {
         "model": _describe(places, WEIGHT_PATTERNS + ADAPTER_PATTERNS, hashes),
         "tokenizer": _describe(places, TOKENIZER_PATTERNS, hashes),
-        "adapter": _describe([locate(adapter)], ADAPTER_PATTERNS, hashes) if adapter else None,
+        "adapter": _describe([locate(adapter_source(adapter))], ADAPTER_PATTERNS, hashes) if adapter else None,
     }
 
 

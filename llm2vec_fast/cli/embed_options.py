@@ -58,7 +58,12 @@ IdColumn = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(metavar="FOLDER", help="LoRA adapter to merge into the model.", rich_help_panel=MODEL),
+    typer.Option(
+        metavar="ADAPTER",
+        help="LoRA adapter to merge into the model: a folder, a hub name, or the name of one that comes with the "
+        "library (smollm2-135m).",
+        rich_help_panel=MODEL,
+    ),
 ]
 Causal = Annotated[
     bool,

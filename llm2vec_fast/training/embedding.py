@@ -23,6 +23,7 @@ from llm2vec_fast.acceleration.swapping import subclass, swap
 from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.kernels.pooling import POOLING_MODES, pool
+from llm2vec_fast.training.packing import filled
 
 LOG_SCALE = "log_scale"  # the decoder's parameter
 
@@ -76,8 +77,9 @@ def _embedded(
     first = POOLING_MODES[mode] == "first"
 
     def embed(piece: SequenceLayout, ids: Tensor, positions: Tensor, skip: Tensor | None) -> Tensor:
-        output = run(input_ids=ids, position_ids=positions, layout=piece, use_cache=False)
-        return pool(output.last_hidden_state[0], piece, mode, None if first else skip)
+        batch = filled({"input_ids": ids, "position_ids": positions, "layout": piece})
+        hidden = run(**batch, use_cache=False).last_hidden_state[0, : piece.total]
+        return pool(hidden, piece, mode, None if first else skip)
 
     pieces = list(_pieces(layout, decoder._token_budget))
     rows = []

@@ -21,6 +21,7 @@ from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
 from llm2vec_fast.training.models import load_model
+from llm2vec_fast.training.packing import filled
 from llm2vec_fast.training.run import ROWS, StageTrainer, run
 from llm2vec_fast.training.sampling import NextEpoch
 from llm2vec_fast.training.texts import read_texts, tokenise
@@ -85,6 +86,12 @@ class Sequences(torch.utils.data.Dataset):
 
 class MntpTrainer(StageTrainer):
     """Evaluation adds the accuracy on hidden tokens."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of a batch; see transformers' Trainer."""
+        return super().compute_loss(model, filled(inputs), *args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

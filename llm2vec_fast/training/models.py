@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from llm2vec_fast.acceleration import accelerate
+from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.bidirectional import make_bidirectional
 from llm2vec_fast.loading import base_of, best_device, is_adapter, load, merged, put_on
 from llm2vec_fast.precision import choose_dtype
@@ -81,7 +82,7 @@ def lora_config(arguments: StageArguments) -> LoraConfig:
 
 def _resolved(base: str, adapters: list[str]) -> tuple[str, list[str]]:
     """Where an adapter was given as the base: the model below, and that adapter as the first of all."""
-    adapters = list(adapters)
+    adapters = [adapter_source(adapter) for adapter in adapters]
     while is_adapter(base):
         adapters.insert(0, base)
         base = base_of(base)

@@ -22,6 +22,8 @@ from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
 from llm2vec_fast.training.mntp import MntpCollator, train_mntp
+from llm2vec_fast.training.models import load_model
+from llm2vec_fast.training.packing import filled
 from llm2vec_fast.training.run import NonFiniteLossError
 
 WORDS = [
@@ -232,3 +234,23 @@ def test_texts_too_short_to_join_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a\n")
     with pytest.raises(UserError, match="no training text is long enough: 24 tokens are needed"):
         train_mntp(arguments(str(tmp_path / "short.txt"), tmp_path / "out", line_by_line=False, mask_token_type="eos"))
+
+
+def test_tokens_of_no_text_fill_a_batch_on_a_cpu_and_change_neither_loss_nor_gradients(
+    corpus: str, tmp_path: Path
+) -> None:
+    stage = load_model(arguments(corpus, tmp_path, model_dtype="float32", lora_dropout=0.0), head=True)
+    rows = [
+        {"input_ids": list(range(10, 10 + length)), "special": [0] * length, "seed": i, "row": i}
+        for i, length in enumerate((9, 40, 21))
+    ]
+    batch = MntpCollator(stage.tokenizer, mask_token="eos", probability=0.5)(rows)
+    batch.pop("rows")
+    found = []
+    for given in (batch, filled(batch)):
+        loss = stage.model(**given, use_cache=False).loss
+        gradients = torch.autograd.grad(loss, [x for x in stage.model.parameters() if x.requires_grad])
+        found.append([loss.detach(), *gradients])
+    assert given["input_ids"].shape == (1, 128)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
