@@ -9,6 +9,7 @@ import pytest
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments
 from llm2vec_fast.training.config import own_options, read_arguments, ready_configs, write_arguments
+from llm2vec_fast.training.word_level import WordLevelArguments
 
 NEEDED = "model_name_or_path: model\ntrain_file: [a.txt, b.txt]\noutput_dir: out\nuse_cpu: true\n"
 
@@ -48,6 +49,16 @@ def test_ready_configurations_are_valid_and_follow_each_other(stage: str) -> Non
         assert arguments.output_dir == f"output/{stage}/{name}"
         assert set(arguments.peft_model_name_or_path) <= outputs
         assert bool(arguments.peft_model_name_or_path) == (stage != "mntp")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ready_word_level_configurations_label_by_the_output_before_on_the_masked_models_adapter(name: str) -> None:
+    assert list(ready_configs("word-level")) == MODELS
+    arguments = read_arguments(WordLevelArguments, name, ["--train_file", "a.txt", "--use_cpu", "True"])
+    before = read_arguments(MntpArguments, name, ["--train_file", "a.txt", "--use_cpu", "True"])
+    assert arguments.retroactive_labels == "next_token"
+    assert arguments.model_name_or_path == before.model_name_or_path
+    assert arguments.peft_model_name_or_path == before.output_dir
 
 
 @pytest.mark.parametrize("name", MODELS)
