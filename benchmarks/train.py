@@ -4,7 +4,8 @@
     python -m benchmarks.train --stage mntp --rounds 5
 
 Every contender trains in a process of its own, on the same batches (for MNTP with the same tokens hidden), with the
-same adapter and optimiser, and they take turns. Losses over the first steps are compared before anything is timed.
+same adapter and optimiser, and they take turns. First the losses of so many steps on quarter batches are compared; then
+whole batches are timed, after one that is not.
 """
 
 from __future__ import annotations
@@ -171,11 +172,23 @@ def _batches(given: list[str]) -> tuple[str, list[list[Tensor]]]:
     return stage, [[torch.tensor(text) for text in batch] for batch in batches]
 
 
-def drawn(folder: str, stage: str, count: int) -> tuple[list[str], int]:
-    """``count`` batches of real sentences, as the one string that goes to the contenders, and their mean tokens.
+def drawn(folder: str, stage: str, steps: int, rounds: int) -> tuple[list[str], int]:
+    """Batches of real texts, as the one string that goes to the contenders, and the mean tokens of the whole ones.
 
-    For MNTP they are joined and cut to one length, as the original does; for SimCSE each keeps its own.
+    First ``steps`` quarter batches, then ``rounds`` whole ones. For MNTP sentences are joined and cut to one length, as
+    the original does; for SimCSE each keeps its own.
     """
+    size = SIMCSE_BATCH if stage == "simcse" else MNTP_BATCH
+    sizes = [size // 4] * steps + [size] * rounds
+    texts = iter(_texts(folder, stage, sum(sizes)))
+    batches = [[next(texts) for _ in range(count)] for count in sizes]
+    views = 2 if stage == "simcse" else 1
+    tokens = views * sum(text.shape[1] for batch in batches[steps:] for text in batch) // rounds
+    return [json.dumps([stage, [[text.tolist() for text in batch] for batch in batches]])], tokens
+
+
+def _texts(folder: str, stage: str, count: int) -> list[Tensor]:
+    """``count`` texts, (2, tokens): ids and labels."""
     from transformers import AutoTokenizer
 
     from llm2vec_fast.training.masking import mask_id_of, mask_tokens
@@ -184,28 +197,22 @@ def drawn(folder: str, stage: str, count: int) -> tuple[list[str], int]:
     texts = random.Random(0).sample(sentences.sentences(), 40_000)
     generator = torch.Generator().manual_seed(0)
     if stage == "simcse":
-        needed = [text for text in texts if len(text.split()) > 3][: count * SIMCSE_BATCH]
+        needed = [text for text in texts if len(text.split()) > 3][:count]
         rows = [torch.tensor(ids[:SIMCSE_LENGTH]) for ids in tokenizer(needed)["input_ids"]]
-        both, size = [torch.stack([ids, torch.full_like(ids, -100)]) for ids in rows], SIMCSE_BATCH
-    else:
-        joined = torch.tensor([i for ids in tokenizer(texts)["input_ids"] for i in ids])
-        rows = joined[: count * MNTP_BATCH * MNTP_LENGTH].view(-1, MNTP_LENGTH)
-        first = torch.zeros(MNTP_LENGTH, dtype=torch.bool)
-        first[0] = True  # no output comes before it
-        mask = mask_id_of(tokenizer, "blank"), len(tokenizer)
-        both = [
-            torch.stack(mask_tokens(row, first, *mask, probability=0.2, masking="default", generator=generator))
-            for row in rows
-        ]
-        size = MNTP_BATCH
-    batches = [[text.tolist() for text in both[i : i + size]] for i in range(0, count * size, size)]
-    views = 2 if stage == "simcse" else 1
-    return [json.dumps([stage, batches])], views * sum(len(t[0]) for batch in batches for t in batch) // count
+        return [torch.stack([ids, torch.full_like(ids, -100)]) for ids in rows]
+    joined = torch.tensor([i for ids in tokenizer(texts)["input_ids"] for i in ids])
+    first = torch.zeros(MNTP_LENGTH, dtype=torch.bool)
+    first[0] = True  # no output comes before it
+    mask = mask_id_of(tokenizer, "blank"), len(tokenizer)
+    return [
+        torch.stack(mask_tokens(row, first, *mask, probability=0.2, masking="default", generator=generator))
+        for row in joined[: count * MNTP_LENGTH].view(-1, MNTP_LENGTH)
+    ]
 
 
 def measure(folder: str, stage: str, steps: int, rounds: int) -> dict:
-    """Losses of ``steps`` steps of each contender, then ``rounds`` of turns, a step each."""
-    given, tokens = drawn(folder, stage, steps)
+    """Losses of ``steps`` small steps of each contender, then ``rounds`` of turns, a whole step each."""
+    given, tokens = drawn(folder, stage, steps, rounds + 1)
     workers = {name: Worker(globals()[kind], folder, given) for name, kind in CONTENDERS.items()}
     losses: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(steps):
@@ -213,6 +220,8 @@ def measure(folder: str, stage: str, steps: int, rounds: int) -> dict:
             losses[name].append(float(worker.outputs()))
         print(f"{stage}: step {number + 1}/{steps}", *(f"{losses[name][-1]:.3f}" for name in workers), flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for worker in workers.values():
+        worker.outputs()
     for _ in range(rounds):
         for name, worker in workers.items():
             seconds[name].append(worker.seconds())
@@ -263,7 +272,8 @@ def main() -> None:
     write_json(RESULTS, {"machine": about, "stages": found})
     note = (
         f"SmolLM2-135M, LoRA r = {RANK}. MNTP: {MNTP_BATCH} sequences of {MNTP_LENGTH} tokens; SimCSE: {SIMCSE_BATCH} "
-        f"sentences, each twice, of their own lengths. Medians of {given.rounds} steps after {given.steps}. "
+        f"sentences, each twice, of their own lengths. Medians of {given.rounds} steps; losses of {given.steps} "
+        "steps on a quarter of such a batch. "
         f"{about['processor']}, {about['cores']} cores; torch {about['torch']}, transformers {about['transformers']}; "
         f"{about['date']}."
     )
