@@ -60,8 +60,9 @@ def contrastive_loss(
             this are left out as unlabelled positives (Zhang et al., 2025). In the symmetric direction the positive of
             a document of several queries is the one most similar to it.
         group: a torch.distributed process group over whose ranks the batch is spread, N, M and rows differing as they
-            may: every rank calls, and runs backward. Documents travel round the ranks, a rank's worth at a time.
-            ``positives`` number this rank's own documents; ``ids`` are compared across ranks.
+            may: every rank calls, and runs backward. Documents travel round the ranks, a rank's worth at a time, or all
+            at once where 256 MiB hold all ranks' and the sums of their gradients. ``positives`` number this rank's own
+            documents; ``ids`` are compared across ranks.
         reduction: "mean" or "sum" over the queries (of all ranks: each returns the same), or "none": (N,), this rank's.
         backend: "auto", "reference", "blocked" or "triton". On a CPU "auto" computes the whole matrix at once where
             that is faster: up to 32 MiB of float32, or 160 KiB where any of positives, symmetric, query_negatives, ids
@@ -97,9 +98,9 @@ def contrastive_loss(
     whole = _whole(queries, documents, plain, query_negatives) if group is None else None
     choice = choose_for("contrastive_loss", backend, queries, implemented, preferred=whole)
     if group is not None:
-        from .group import ring_loss
+        from .group import group_loss
 
-        return ring_loss(queries, documents, scale, positives, ids, rule, choice.backend, group, reduction)
+        return group_loss(queries, documents, scale, positives, ids, rule, choice.backend, group, reduction)
     if choice is whole and plain:
         return whole_loss(queries, documents, scale, rule, reduction)
     if choice.backend == "reference":

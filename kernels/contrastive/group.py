@@ -1,13 +1,11 @@
-"""The loss over a batch spread across the ranks of a process group, without gathering it.
+"""The loss over a batch spread across the ranks of a process group.
 
-Blocks of rows travel a ring: in each of as many steps as there are ranks, every rank works on one rank's rows, which it
-then hands on. While it works, the next rows are already on their way. What is summed for the travelling rows (their
-denominators, their gradients) travels with them, and is complete when they are home.
+Every rank works on its own queries and all documents, which visit it as `ranks` sees fit. What it sums for them (their
+denominators, their gradients) goes home to their rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +16,6 @@ from torch import Tensor
 from .passes import (
     Problem,
     Saved,
-    Side,
     alignment,
     finish,
     largest,
@@ -29,10 +26,11 @@ from .passes import (
     with_limits,
     zeros_for,
 )
-from .rule import LogSum, Rule, blocks
+from .ranks import Ranks, ranks_of
+from .rule import LogSum, Rule, Side, blocks
 
 
-def ring_loss(
+def group_loss(
     queries: Tensor,
     documents: Tensor,
     scale: Tensor,
@@ -48,80 +46,19 @@ def ring_loss(
     Raises:
         ValueError: rows of different width or dtype on different ranks.
     """
-    ring = Ring(group, queries, documents, ids is not None)
+    ranks = ranks_of(group, queries, documents, ids is not None)
     rule = replace(rule, bounded=False)  # ranks may differ in how they pass the scale
-    losses = _RingLoss.apply(queries, documents, scale, positives, ids, rule, choice, ring)
+    losses = _GroupLoss.apply(queries, documents, scale, positives, ids, rule, choice, ranks)
     if reduction == "none":
         return losses
     local = losses.sum()
     total = local.detach().clone()
     dist.all_reduce(total, group=group)
     loss = total + (local - local.detach())  # the value that every rank has, with this rank's gradient
-    return loss / sum(ring.query_counts) if reduction == "mean" else loss
+    return loss / sum(ranks.query_counts) if reduction == "mean" else loss
 
 
-class Ring:
-    """Who holds how many rows, and the passing on of rows to the next rank."""
-
-    def __init__(self, group: dist.ProcessGroup, queries: Tensor, documents: Tensor, has_ids: bool) -> None:
-        self.group = group
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        here = (queries.shape[0], documents.shape[0], queries.shape[1], queries.dtype, has_ids)
-        everywhere: list[Any] = [None] * self.size
-        dist.all_gather_object(everywhere, here, group=group)
-        if len({found[2:] for found in everywhere}) > 1:
-            raise ValueError(
-                f"ranks hold rows of width, dtype and with ids {[found[2:] for found in everywhere]}: they must agree"
-            )
-        self.query_counts = [found[0] for found in everywhere]
-        self.document_counts = [found[1] for found in everywhere]
-
-    def visits(self, side: Side, counts: list[int]) -> Iterator[tuple[int, Side]]:
-        """Every rank's side in turn, this rank's own first: (that rank, its rows)."""
-        for step in range(self.size):
-            owner = (self.rank - step) % self.size
-            pending = None if step + 1 == self.size else self._pass_on(side.tensors(), counts, owner)
-            yield owner, side
-            if pending is not None:
-                # Whether marks count up is known of this rank's own only.
-                side = replace(side, first=None, **pending.wait())
-
-    def hand_on(self, x: Tensor, counts: list[int], owner: int) -> Tensor:
-        """Give away what travels with ``owner``'s rows, and get what travels with those that come next."""
-        return x if self.size == 1 else self._pass_on({"x": x}, counts, owner).wait()["x"]
-
-    def _pass_on(self, tensors: dict[str, Tensor | None], counts: list[int], owner: int) -> _Passing:
-        after, before = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1))
-        incoming = counts[(owner - 1) % self.size]
-        received: dict[str, Tensor | None] = dict.fromkeys(tensors)
-        operations, kept = [], []
-        for name, x in tensors.items():
-            if x is None:
-                continue
-            received[name] = x.new_empty((incoming, *x.shape[1:]))
-            # As bytes: not every transport knows bfloat16.
-            out, into = (y.contiguous().view(-1).view(torch.uint8) for y in (x, received[name]))
-            kept.append(out)
-            if out.numel():
-                operations.append(dist.P2POp(dist.isend, out, after, self.group))
-            if into.numel():
-                operations.append(dist.P2POp(dist.irecv, into, before, self.group))
-        return _Passing(received, dist.batch_isend_irecv(operations) if operations else [], kept)
-
-
-class _Passing:
-    """Rows on their way; what is sent is held until it has left."""
-
-    def __init__(self, received: dict[str, Tensor | None], works: list[dist.Work], sent: list[Tensor]) -> None:
-        self._received, self._works, self._sent = received, works, sent
-
-    def wait(self) -> dict[str, Tensor | None]:
-        for work in self._works:
-            work.wait()
-        return self._received
-
-
-class _RingLoss(torch.autograd.Function):
+class _GroupLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -132,13 +69,13 @@ class _RingLoss(torch.autograd.Function):
         ids: Tensor | None,
         rule: Rule,
         backend: str,
-        ring: Ring,
+        ranks: Ranks,
     ) -> Tensor:
         with torch.autocast(queries.device.type, enabled=False):
-            problem = _numbered(queries, documents, scale, positives, ids, rule, backend, ring)
-            saved = _forward(problem, ring)
+            problem = _numbered(queries, documents, scale, positives, ids, rule, backend, ranks)
+            saved = _forward(problem, ranks)
         ctx.save_for_backward(*saved, queries, documents, scale, positives, ids)
-        ctx.settings = (rule, backend, ring)
+        ctx.settings = (rule, backend, ranks)
         return losses_of(problem, saved)
 
     @staticmethod
@@ -159,51 +96,58 @@ def _numbered(
     ids: Tensor | None,
     rule: Rule,
     backend: str,
-    ring: Ring,
+    ranks: Ranks,
 ) -> Problem:
     """The problem of this rank, whose documents are numbered across ranks."""
-    first = sum(ring.document_counts[: ring.rank])
+    first = sum(ranks.document_counts[: ranks.rank])
     return problem_of(queries, documents, scale, positives, ids, rule, backend, first)
 
 
-def _forward(problem: Problem, ring: Ring) -> Saved:
+def _forward(problem: Problem, ranks: Ranks) -> Saved:
     own = own_similarity(problem)
     problem = with_limits(problem, own)
     rule, queries, room = problem.rule, problem.queries, problem.room
+    counts = ranks.document_counts
     sums = LogSum.empty(own, queries.count)
-    column_sums = torch.stack(
-        LogSum.empty(own, problem.documents.count), dim=1
-    )  # one row a document, as all that travels
-    for owner, side in ring.visits(problem.documents, ring.document_counts):
+    # One row a document, as all that travels.
+    column_sums = torch.stack(LogSum.empty(own, ranks.first_visit(counts)[0]), dim=1)
+    for owner, side in ranks.visits(problem.documents, counts):
         if side.count:
             more, columns = room.negative_sums(queries, side, problem.scale, rule.symmetric, rule.bounded)
             sums = sums.plus(more)
             if columns is not None:
                 column_sums = torch.stack(LogSum(*column_sums.T).plus(columns), dim=1)
         if rule.symmetric:
-            column_sums = ring.hand_on(column_sums, ring.document_counts, owner)
+            column_sums = ranks.hand_on(column_sums, counts, owner, _joined)
     if rule.query_negatives:
-        for _, side in ring.visits(queries, ring.query_counts):
+        for _, side in ranks.visits(queries, ranks.query_counts):
             sums = sums.plus(room.negative_sums(queries, side, problem.scale, False, rule.bounded)[0])
     return Saved(own, torch.stack(sums), column_sums.T)
 
 
+def _joined(parts: Tensor) -> Tensor:
+    """(n, 2) logarithms of sums over parts (parts, n, 2)."""
+    return torch.stack(LogSum.joined(*parts.unbind(-1)), dim=1)
+
+
 def _backward(
-    problem: Problem, saved: Saved, grad: Tensor, ring: Ring, dtype: torch.dtype
+    problem: Problem, saved: Saved, grad: Tensor, ranks: Ranks, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     peak = largest(grad)
-    dist.all_reduce(peak, dist.ReduceOp.MAX, group=ring.group)
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=ranks.group)
     made = weighted(problem, saved, grad, peak)
     problem = made.problem
     queries, documents = problem.queries, problem.documents
-    into, into_documents = zeros_for(queries), zeros_for(documents)
-    for owner, side in ring.visits(documents, ring.document_counts):
-        own = (problem.positives, made.positive_gradient) if owner == ring.rank else None
+    counts = ranks.document_counts
+    rows, first = ranks.first_visit(counts)
+    into, into_documents = zeros_for(queries), zeros_for(documents, rows)
+    for owner, side in ranks.visits(documents, counts):
+        own = (first + problem.positives, made.positive_gradient) if owner == ranks.rank else None
         _add(problem, side, own, into, into_documents)
-        into_documents = ring.hand_on(into_documents, ring.document_counts, owner)
+        into_documents = ranks.hand_on(into_documents, counts, owner, lambda parts: parts.sum(0))
     slope = alignment(queries, into)
     if problem.rule.query_negatives:
-        for _, side in ring.visits(queries, ring.query_counts):
+        for _, side in ranks.visits(queries, ranks.query_counts):
             _add(problem, side, None, into, None)
     slope = (slope + alignment(queries, into)) / 2 * peak
     factor = problem.scale * peak

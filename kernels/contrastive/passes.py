@@ -188,9 +188,9 @@ def backward(problem: Problem, saved: Saved, grad: Tensor, like: Gradients) -> G
     return Gradients(out, into_documents, None if like.scale is None else slope / 2 * made.peak)
 
 
-def zeros_for(side: Side) -> Tensor:
-    """An accumulator for the gradient of a side's rows."""
-    return side.rows.new_zeros(side.rows.shape, dtype=side.accumulator)
+def zeros_for(side: Side, count: int | None = None) -> Tensor:
+    """An accumulator for the gradient of a side's rows, or of ``count`` such rows."""
+    return side.rows.new_zeros((side.count if count is None else count, side.rows.shape[1]), dtype=side.accumulator)
 
 
 def alignment(side: Side, into: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ from numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within
 from ranks import on_ranks
 
 from llm2vec_fast.kernels.contrastive import contrastive_loss
+from llm2vec_fast.kernels.contrastive import ranks as meeting
 
 QUERIES = (5, 1, 12, 3)
 DOCUMENTS = (9, 1, 12, 7)
+WAYS = {"ring": 0, "at-once": meeting.GATHERED_BYTES}
 RULES = (
     {},
     {"symmetric": True},
@@ -60,6 +62,14 @@ def _in_one_process(ranks, rule, names, dtype, reduction, compute):
 
 
 def _rank(rank, ranks):
+    if ranks > 1:
+        with pytest.raises(ValueError, match="they must agree"):
+            contrastive_loss(torch.ones(2, 3 + rank), torch.ones(2, 3 + rank), group=dist.group.WORLD)
+    return {way: _found(rank, ranks, most) for way, most in WAYS.items()}
+
+
+def _found(rank, ranks, most):
+    meeting.GATHERED_BYTES = most
     found = []
     for rule, names, dtype, reduction in CASES:
         queries, documents = (x[rank].clone().requires_grad_() for x in _rows(ranks, rule, dtype))
@@ -69,25 +79,23 @@ def _rank(rank, ranks):
         gradients = torch.autograd.grad(loss, (queries, documents, scale))
         losses = contrastive_loss(queries, documents, reduction="none", **settings)
         found.append([x.detach() for x in (loss, *gradients, losses)])
-    if ranks > 1:
-        with pytest.raises(ValueError, match="they must agree"):
-            contrastive_loss(torch.ones(2, 3 + rank), torch.ones(2, 3 + rank), group=dist.group.WORLD)
     return found
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda ranks: f"{ranks}-ranks")
-def ring(request, tmp_path_factory):
-    """What every rank found for every case."""
+def spread(request, tmp_path_factory):
+    """What every rank found, either way, for every case."""
     return request.param, on_ranks(request.param, tmp_path_factory.mktemp("ranks"), _rank, request.param)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i][:2])))
-def test_ranks_together_equal_one_process(ring, number):
-    ranks, found = ring
+def test_ranks_together_equal_one_process(spread, number, way):
+    ranks, found = spread
     case = CASES[number]
     plain = _in_one_process(ranks, *case, case[2])
     exact = _in_one_process(ranks, *case, torch.float64)
-    loss, dqueries, ddocuments, dscale, losses = zip(*(x[number] for x in found), strict=True)
+    loss, dqueries, ddocuments, dscale, losses = zip(*(x[way][number] for x in found), strict=True)
     assert all(torch.equal(x, loss[0]) for x in loss)
     rows = torch.cat(losses).double()
     total = rows.sum() if case[3] == "sum" else rows.mean()
