@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.fetch import wikipedia, wordnet
 from benchmarks.fetch.wordnet import Synset
-from benchmarks.reproduce.texts import evaluation_texts, normalised, split
+from benchmarks.reproduce.texts import evaluation_texts, normalised, split, write_lines
 
 _LEAST_WORDS = 4  # of an example or a gloss: shorter ones say little
 _MOST = 20_000  # pairs of a kind, lest the most frequent be all there is
@@ -100,8 +100,6 @@ def _replaced(text: str, word: str, other: str) -> str:
 
 
 def write(pairs: list[Pair], path: Path) -> None:
-    """A JSON object a line, with the columns that `llm2vec-fast train contrastive` reads; beside, then renamed."""
-    beside = path.with_suffix(".tmp")
+    """A JSON object a line, with the columns that `llm2vec-fast train contrastive` reads."""
     rows = ({name: text for name, text in pair._asdict().items() if text is not None} for pair in pairs)
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    beside.replace(path)
+    write_lines((json.dumps(row, ensure_ascii=False) for row in rows), path)

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.report import machine, markdown_table, update_readme, write_json
 from benchmarks.reproduce.measure import ENCODERS, TASKS
 from benchmarks.reproduce.stages import CONFIG, STAGES, seconds_of
+from benchmarks.reproduce.texts import write_lines
 
 RESULTS = Path(__file__).parent.parent / "results"
 STS = "STS-B test"  # a column
@@ -16,14 +17,17 @@ _PEER = "MiniLM-L6, for scale"
 
 
 def publish(folder: Path) -> None:
-    """Write what is measured so far into benchmarks/results and the README."""
+    """Write what is measured so far into benchmarks/results and the README: scores, curves, and each stage's log."""
     scores = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "scores").glob("*.json")}
     minutes = {stage: round(seconds_of(stage, folder) / 60, 1) for stage in STAGES}
-    curves = {stage: found for stage in STAGES if (found := learning_curve(folder / stage))}
-    content = {"machine": machine(), "configuration": CONFIG, "scores": scores, "minutes": minutes, "curves": curves}
-    write_json(RESULTS / "reproduce.json", content)
+    logs = {stage: log for stage in STAGES if (log := _log(folder / stage))}
+    for stage, log in logs.items():
+        write_lines(map(json.dumps, log), RESULTS / "reproduce" / f"{stage}.jsonl")
+    curves = {stage: [(line["step"], line["loss"]) for line in log if "loss" in line] for stage, log in logs.items()}
+    content = {"machine": machine(), "configuration": CONFIG, "scores": scores, "minutes": minutes}
+    write_json(RESULTS / "reproduce" / "scores.json", content)
     if curves:
-        plot(curves, RESULTS / "learning-curves.png")
+        plot(curves, RESULTS / "reproduce" / "learning-curves.png")
     about = content["machine"]
     note = (
         f"STS-B: Spearman × 100; POS and chunks: accuracy; NER: F1 of entities. {about['processor']}, "
@@ -47,13 +51,10 @@ def rows(scores: dict[str, Any]) -> list[dict[str, str]]:
     return [*found, peer | {f"CoNLL {task}": "–" for task in TASKS}]
 
 
-def learning_curve(stage: Path) -> list[tuple[int, float]]:
-    """Step and loss of every line of a stage's log."""
+def _log(stage: Path) -> list[dict[str, Any]]:
+    """What a stage's trainer logged, a line of it each."""
     path = stage / "trainer_state.json"
-    if not path.exists():
-        return []
-    history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    return [(line["step"], line["loss"]) for line in history if "loss" in line]
+    return json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.exists() else []
 
 
 def plot(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:

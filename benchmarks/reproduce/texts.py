@@ -49,6 +49,7 @@ def evaluation_texts() -> set[str]:
 
 def write_lines(texts: Iterable[str], path: Path) -> None:
     """One text a line, beside first and then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     beside.replace(path)
