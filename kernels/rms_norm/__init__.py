@@ -12,7 +12,7 @@ from .reference import rms_norm_reference
 
 __all__ = ["rms_norm"]
 
-TRITON_COLUMNS = 8192  # wider rows would not fit a program's registers
+TRITON_ROW_BYTES = 32 * 1024  # wider rows would not fit a program's registers
 
 
 def rms_norm(
@@ -35,7 +35,8 @@ def rms_norm(
         eps: added to the mean square.
         residual: in x's shape and dtype: added to x first.
         offset: 1.0 for Gemma, whose weights are stored as their distance from one.
-        backend: "auto", "reference", "blocked" or "triton" (rows of up to 8,192 columns).
+        backend: "auto", "reference", "blocked" or "triton" (rows of up to 32 KiB: 16,384 columns
+            of 16 bits).
 
     Returns:
         (…, d) in x's dtype; with a residual that, and the sum x + residual.
@@ -81,6 +82,7 @@ def _refused(x: Tensor) -> dict[str, str]:
     """Why the kernels cannot take these rows, by backend."""
     if x.dtype == torch.float64:
         return {"triton": "its kernels have no float64"}
-    if x.shape[-1] > TRITON_COLUMNS:
-        return {"triton": f"rows have {x.shape[-1]} columns: a program holds at most {TRITON_COLUMNS}"}
+    most = TRITON_ROW_BYTES // x.element_size()
+    if x.shape[-1] > most:
+        return {"triton": f"rows have {x.shape[-1]} columns: a program holds at most {most} of {x.dtype}"}
     return {}

@@ -19,7 +19,11 @@ from ..launch import processors, readable
 
 TILE_ELEMENTS = 2048
 ELEMENTS_A_THREAD = 16
+FLOAT32_ELEMENTS_BACKWARD = 8  # with 16 Triton 3.6 spills 16 bytes
+MOST_WARPS = 16  # of 64 threads, which is as many as a program may have
 PROGRAMS_A_PROCESSOR = 4
+# Wider rows fill the registers: their backward pass leaves to the caches what it needs for every one.
+HELD_COLUMNS = tl.constexpr(8192)
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,12 @@ class Configuration:
 
 
 @cache
-def configuration(columns: int) -> Configuration:
-    """How rows of so many columns are launched: short rows share a program, long ones get more threads."""
+def configuration(columns: int, elements: int = ELEMENTS_A_THREAD) -> Configuration:
+    """How rows of so many columns are launched: short rows share a program, long ones get more threads, each so many
+    elements where that takes no more than MOST_WARPS."""
     block_d = max(16, triton.next_power_of_2(columns))
     block_r = max(1, TILE_ELEMENTS // block_d)
-    return Configuration(block_r, block_d, max(4, block_r * block_d // (32 * ELEMENTS_A_THREAD)))
+    return Configuration(block_r, block_d, min(MOST_WARPS, max(4, block_r * block_d // (32 * elements))))
 
 
 @triton.jit
@@ -48,6 +53,12 @@ def _load_rows(p_rows, stride, first, o_r, o_d, mask):
     """Rows first … as float32, zeros past the end. → [BLOCK_R, BLOCK_D]"""
     p_rows += first.to(tl.int64) * stride  # R·d can pass 2³¹
     return tl.load(p_rows + o_r[:, None] * stride + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_factor(p_weight, offset, o_d, m_d):
+    """What normed rows are multiplied by. → [BLOCK_D]"""
+    return tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32) + offset
 
 
 @triton.jit
@@ -79,7 +90,7 @@ def _forward_kernel(p_x, p_residual, p_weight, p_out, p_total, p_scales, stride_
     b_scale = tl.div_rn(1.0, tl.sqrt_rn(b_mean + eps))
     tl.store(p_scales + first + o_r, b_scale, mask=m_r)
     # [BLOCK_D]
-    b_factor = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32) + offset
+    b_factor = _load_factor(p_weight, offset, o_d, m_d)
     _store_rows(p_out, first, o_r, o_d, mask, b_x * b_scale[:, None] * b_factor[None, :], COLUMNS)
 
 
@@ -92,9 +103,12 @@ def _backward_kernel(p_grad, p_grad_total, p_x, p_weight, p_scales, p_grad_x, p_
     o_r = tl.arange(0, BLOCK_R)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < COLUMNS
+    p_sum = p_partial + tl.program_id(0) * COLUMNS + o_d
+    HELD: tl.constexpr = BLOCK_D <= HELD_COLUMNS
     # [BLOCK_D]
-    b_factor = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32) + offset
-    b_sum = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    if HELD:
+        b_factor = _load_factor(p_weight, offset, o_d, m_d)
+        b_sum = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     for step in range(0, steps):
         first = (tl.program_id(0) * steps + step) * BLOCK_R
         m_r = first + o_r < rows
@@ -104,15 +118,21 @@ def _backward_kernel(p_grad, p_grad_total, p_x, p_weight, p_scales, p_grad_x, p_
         b_scale = tl.load(p_scales + first + o_r, mask=m_r, other=0.0)[:, None]
         b_normal = _load_rows(p_x, stride_x, first, o_r, o_d, mask) * b_scale
         if WEIGHT_GRADIENT:
-            b_sum += b_grad * b_normal
+            if HELD:
+                b_sum += b_grad * b_normal
+            else:
+                b_so_far = tl.load(p_sum, mask=m_d & (step > 0), other=0.0)
+                tl.store(p_sum, b_so_far + tl.sum(b_grad * b_normal, axis=0), mask=m_d)
+        if not HELD:
+            b_factor = _load_factor(p_weight, offset, o_d, m_d)
         b_grad *= b_factor[None, :]
         b_mean = tl.sum(b_grad * b_normal, axis=1) / COLUMNS
         b_out = b_scale * (b_grad - b_normal * b_mean[:, None])
         if HAS_TOTAL:
             b_out += _load_rows(p_grad_total, stride_t, first, o_r, o_d, mask)
         _store_rows(p_grad_x, first, o_r, o_d, mask, b_out, COLUMNS)
-    if WEIGHT_GRADIENT:
-        tl.store(p_partial + tl.program_id(0) * COLUMNS + o_d, tl.sum(b_sum, axis=0), mask=m_d)
+    if WEIGHT_GRADIENT and HELD:
+        tl.store(p_sum, tl.sum(b_sum, axis=0), mask=m_d)
 
 
 def rms_norm_forward(
@@ -187,10 +207,12 @@ def backward_arguments(
     weight_gradient: bool,
 ) -> dict[str, Any]:
     """What `_backward_kernel` is launched with, by name."""
+    elements = FLOAT32_ELEMENTS_BACKWARD if x.dtype == torch.float32 else ELEMENTS_A_THREAD
     return {
         "p_grad": grad, "p_grad_total": grad_total, "p_x": x, "p_weight": weight, "p_scales": scales,
         "p_grad_x": grad_x, "p_partial": partial, "stride_g": grad.stride(0),
         "stride_t": 0 if grad_total is None else grad_total.stride(0), "stride_x": x.stride(0), "rows": x.shape[0],
         "steps": steps, "offset": float(offset), "HAS_TOTAL": grad_total is not None,
-        "WEIGHT_GRADIENT": weight_gradient, "COLUMNS": x.shape[1], **configuration(x.shape[1]).arguments(),
+        "WEIGHT_GRADIENT": weight_gradient, "COLUMNS": x.shape[1],
+        **configuration(x.shape[1], elements).arguments(),
     }  # fmt: skip

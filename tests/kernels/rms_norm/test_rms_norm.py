@@ -50,6 +50,12 @@ def test_with_a_residual_it_is_as_exact_and_returns_the_sum(backend, dtype, shap
     assert_as_exact(add_and_norm, inputs(shape, dtype), backend)
 
 
+def test_the_widest_rows_of_the_kernel() -> None:
+    tensors = inputs((17, 9000), torch.float16)  # more rows than programs: each sums the weight's gradient over several
+    assert_as_exact(add_and_norm, tensors, "triton")
+    assert_as_exact(norm(1.0), (tensors[0][:2], tensors[2]), "triton")
+
+
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_rows_of_one_column(backend) -> None:
     x, _, weight = inputs((5, 1), torch.float32)
@@ -157,6 +163,8 @@ def test_rows_that_the_kernel_cannot_take_are_refused_with_the_reason_and_run_ot
     wide, weight = torch.ones(1, 9000), torch.ones(9000)
     with pytest.raises(BackendUnavailableError, match=r"9000 columns.*8192"):
         rms_norm(wide, weight, EPS, backend="triton")
+    with pytest.raises(BackendUnavailableError, match=r"16385 columns.*16384"):
+        rms_norm(torch.ones(1, 16385).half(), torch.ones(16385).half(), EPS, backend="triton")
     with pytest.raises(BackendUnavailableError, match="float64"):
         rms_norm(torch.ones(1, 8).double(), torch.ones(8).double(), EPS, backend="triton")
     assert torch.allclose(rms_norm(wide, weight, EPS), wide)
