@@ -170,6 +170,6 @@ def ranks_of(group: dist.ProcessGroup, queries: Tensor, documents: Tensor, has_i
         )
     query_counts, document_counts = ([found[i] for found in everywhere] for i in (0, 1))
     accumulator = torch.promote_types(queries.dtype, torch.float32)
-    rows = max(sum(query_counts), sum(document_counts))
+    rows = len(everywhere) * max(*query_counts, *document_counts)  # as many as any rank may be sent sums of
     needed = rows * queries.shape[1] * (queries.dtype.itemsize + 2 * accumulator.itemsize)
     return (Gathering if needed <= GATHERED_BYTES else Ring)(group, query_counts, document_counts)

@@ -12,7 +12,7 @@ from llm2vec_fast.kernels.contrastive import ranks as meeting
 
 QUERIES = (5, 1, 12, 3)
 DOCUMENTS = (9, 1, 12, 7)
-WAYS = {"ring": 0, "at-once": meeting.GATHERED_BYTES}
+WAYS = {"ring": meeting.Ring, "at-once": meeting.Gathering}
 RULES = (
     {},
     {"symmetric": True},
@@ -65,15 +65,18 @@ def _rank(rank, ranks):
     if ranks > 1:
         with pytest.raises(ValueError, match="they must agree"):
             contrastive_loss(torch.ones(2, 3 + rank), torch.ones(2, 3 + rank), group=dist.group.WORLD)
-    return {way: _found(rank, ranks, most) for way, most in WAYS.items()}
+    return {way: _found(rank, ranks, kind) for way, kind in WAYS.items()}
 
 
-def _found(rank, ranks, most):
-    meeting.GATHERED_BYTES = most
+def _found(rank, ranks, kind):
     found = []
     for rule, names, dtype, reduction in CASES:
         queries, documents = (x[rank].clone().requires_grad_() for x in _rows(ranks, rule, dtype))
         scale = torch.tensor(20.0, requires_grad=True)
+        # Rows, the float32 sums of their gradients, and those that others send, for the most rows on any rank.
+        needed = ranks * max(DOCUMENTS[:ranks]) * queries.shape[1] * (dtype.itemsize + 2 * 4)
+        meeting.GATHERED_BYTES = needed if kind is meeting.Gathering else needed - 1
+        assert type(meeting.ranks_of(dist.group.WORLD, queries, documents, False)) is kind
         settings = {**_targets(ranks, names)[rank], **rule, "group": dist.group.WORLD}
         loss = contrastive_loss(queries, documents, scale=scale, reduction=reduction, **settings)
         gradients = torch.autograd.grad(loss, (queries, documents, scale))
