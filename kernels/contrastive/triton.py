@@ -16,13 +16,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launch import architecture_of
+from ..launch import architecture_of, readable
+from ..triton_math import LN_2, LOG2_E, dot_rows
 from . import configurations
 from .configurations import Configuration
 from .rule import LogSum, Side, blocks
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 # A maximum that is finite whatever the similarities never meets −inf − −inf.
 LOWEST = tl.constexpr(-1.5e38)
 # Row tiles that run together: their rows stay in the level-2 cache while the columns stream past.
@@ -55,39 +54,6 @@ def _unit_rows_kernel(p_x, p_unit, p_inverse, stride_x, stride_u, width, BLOCK: 
 
 
 @triton.jit
-def _load_tile(p_rows, stride, first, count, inner, BLOCK: tl.constexpr, BLOCK_INNER: tl.constexpr,
-               WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """Rows first … and elements inner …; past the end the last row again, or zeros. → [BLOCK, BLOCK_INNER]"""
-    if DESCRIPTORS:
-        b_tile = p_rows.load([first, inner])
-    else:
-        # The tile's base in int64, offsets within it in int32: fewer registers than pointers carried through the loop.
-        o_row = tl.minimum(tl.arange(0, BLOCK), count - 1 - first)
-        o_inner = tl.arange(0, BLOCK_INNER)
-        p_tile = p_rows + first.to(tl.int64) * stride + inner + (o_row * stride)[:, None] + o_inner[None, :]
-        if WIDTH % BLOCK_INNER == 0:
-            b_tile = tl.load(p_tile)
-        else:
-            b_tile = tl.load(p_tile, mask=(o_inner < WIDTH - inner)[None, :], other=0.0)
-    return b_tile
-
-
-@triton.jit
-def _similarities(p_x, p_y, stride_x, stride_y, first_x, first_y, rows_x, rows_y, WIDTH: tl.constexpr,
-                  DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-                  BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
-    """x·yᵀ in float32. → [BLOCK_ROWS, BLOCK_COLUMNS]"""
-    b_s = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for inner in range(0, WIDTH, BLOCK_INNER):
-        # [BLOCK_ROWS, BLOCK_INNER]
-        b_x = _load_tile(p_x, stride_x, first_x, rows_x, inner, BLOCK_ROWS, BLOCK_INNER, WIDTH, DESCRIPTORS)
-        # [BLOCK_COLUMNS, BLOCK_INNER]
-        b_y = _load_tile(p_y, stride_y, first_y, rows_y, inner, BLOCK_COLUMNS, BLOCK_INNER, WIDTH, DESCRIPTORS)
-        b_s = tl.dot(b_x, tl.trans(b_y), b_s, input_precision=PRECISION)
-    return b_s
-
-
-@triton.jit
 def _tile_of(program, tiles_x, tiles_y):
     """Row and column tile of a program: a group of row tiles walks through all columns before the next group."""
     group = program // (GROUP_TILES * tiles_y)
@@ -109,8 +75,8 @@ def _sums_kernel(p_x, p_y, p_mark_x, p_mark_y, p_limit, p_scale, p_peak, p_rest,
     first_x = tile_x * BLOCK_ROWS
     first_y = tile_y * BLOCK_COLUMNS
     # [BLOCK_ROWS, BLOCK_COLUMNS]
-    b_s = _similarities(p_x, p_y, stride_x, stride_y, first_x, first_y, rows_x, rows_y, WIDTH, DESCRIPTORS,
-                        PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)  # fmt: skip
+    b_s = dot_rows(p_x, p_y, stride_x, stride_y, first_x, first_y, rows_x, rows_y, WIDTH, DESCRIPTORS, PRECISION,
+                   BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)  # fmt: skip
     o_x = first_x + tl.arange(0, BLOCK_ROWS)
     o_y = first_y + tl.arange(0, BLOCK_COLUMNS)
     m_x = o_x < rows_x
@@ -157,8 +123,8 @@ def _weights_kernel(p_x, p_y, p_h, p_mark_x, p_mark_y, p_peak_x, p_peak_y, p_res
     first_x = tile_x * BLOCK_ROWS
     first_y = tile_y * BLOCK_COLUMNS
     # [BLOCK_ROWS, BLOCK_COLUMNS]
-    b_s = _similarities(p_x, p_y, stride_x, stride_y, first_x, first_y, rows_x, rows_y, WIDTH, DESCRIPTORS,
-                        PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)  # fmt: skip
+    b_s = dot_rows(p_x, p_y, stride_x, stride_y, first_x, first_y, rows_x, rows_y, WIDTH, DESCRIPTORS, PRECISION,
+                   BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)  # fmt: skip
     o_x = first_x + tl.arange(0, BLOCK_ROWS)
     o_y = first_y + tl.arange(0, BLOCK_COLUMNS)
     m_x = o_x < rows_x
@@ -245,9 +211,9 @@ def _product_kernel(p_h, p_v, p_into, stride_h, stride_v, stride_i, rows, inner_
 
 def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, bool]:
     """Rows of length one in x's dtype, and 1 / the length each had; for dot products the rows as they are."""
+    x = readable(x)
     if not cosine:
-        return x if x.stride(1) == 1 else x.contiguous(), None, False
-    x = x if x.stride(1) == 1 else x.contiguous()
+        return x, None, False
     rows, width = x.shape
     step = ALIGNMENT // x.element_size()
     unit = x.new_empty((rows, -(-width // step) * step))[:, :width]

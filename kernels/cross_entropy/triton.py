@@ -17,36 +17,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launch import architecture_of
-from ..triton_math import tanh
+from ..launch import architecture_of, readable
+from ..triton_math import LN_2, LOG2_E, dot_rows, tanh
 from . import configurations
 from .configurations import Configuration
 from .rule import Problem, Statistics
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 # A maximum that is finite whatever the logits never meets −inf − −inf.
 LOWEST = tl.constexpr(-3.0e38)
 # What the tiles say of the rows, before it is joined: rows beyond it wait for another launch.
 PARTIAL_BYTES = 32 * 1024 * 1024
-
-
-@triton.jit
-def _rows_tile(p_rows, stride, first, count, inner, BLOCK: tl.constexpr, BLOCK_INNER: tl.constexpr,
-               WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """Rows first … and elements inner …; past the end the last row again, or zeros. → [BLOCK, BLOCK_INNER]"""
-    if DESCRIPTORS:
-        b_tile = p_rows.load([first, inner])
-    else:
-        # The tile's base in int64, offsets within it in int32: fewer registers than pointers carried through the loop.
-        o_row = tl.minimum(tl.arange(0, BLOCK), count - 1 - first)
-        o_inner = tl.arange(0, BLOCK_INNER)
-        p_tile = p_rows + first.to(tl.int64) * stride + inner + (o_row * stride)[:, None] + o_inner[None, :]
-        if WIDTH % BLOCK_INNER == 0:
-            b_tile = tl.load(p_tile)
-        else:
-            b_tile = tl.load(p_tile, mask=(o_inner < WIDTH - inner)[None, :], other=0.0)
-    return b_tile
 
 
 @triton.jit
@@ -55,14 +35,8 @@ def _logits_tile(p_hidden, p_weight, p_bias, stride_h, stride_w, first_row, firs
                  PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
                  BLOCK_INNER: tl.constexpr):  # fmt: skip
     """Logits in float32, −inf past the vocabulary's end, whatever past the rows'. → [BLOCK_ROWS, BLOCK_COLUMNS]"""
-    b_x = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for inner in range(0, WIDTH, BLOCK_INNER):
-        # [BLOCK_ROWS, BLOCK_INNER]
-        b_h = _rows_tile(p_hidden, stride_h, first_row, rows, inner, BLOCK_ROWS, BLOCK_INNER, WIDTH, DESCRIPTORS)
-        # [BLOCK_COLUMNS, BLOCK_INNER]
-        b_w = _rows_tile(p_weight, stride_w, first_entry, entries, inner, BLOCK_COLUMNS, BLOCK_INNER, WIDTH,
-                         DESCRIPTORS)  # fmt: skip
-        b_x = tl.dot(b_h, tl.trans(b_w), b_x, input_precision=PRECISION)
+    b_x = dot_rows(p_hidden, p_weight, stride_h, stride_w, first_row, first_entry, rows, entries, WIDTH, DESCRIPTORS,
+                   PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)  # fmt: skip
     o_entry = first_entry + tl.arange(0, BLOCK_COLUMNS)
     if HAS_BIAS:
         b_x += tl.load(p_bias + o_entry, mask=o_entry < entries, other=0.0).to(tl.float32)[None, :]
@@ -174,11 +148,6 @@ def architecture_for(*operands: Tensor) -> str:
     """The architecture to choose a configuration for, or `UNALIGNED`."""
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in operands)
     return architecture_of(operands[0].device) if aligned else configurations.UNALIGNED
-
-
-def readable(x: Tensor) -> Tensor:
-    """The matrix itself, whatever its row stride; a copy only where elements of a row do not touch."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def precision(x: Tensor) -> str:

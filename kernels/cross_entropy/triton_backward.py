@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_math import tanh
+from ..launch import readable
+from ..triton_math import LOG2_E, tanh
 from . import configurations
 from .configurations import Configuration
 from .rule import Gradients, Problem
-from .triton import LOG2_E, _logits_tile, architecture_for, logits_arguments, operand, precision, readable
+from .triton import _logits_tile, architecture_for, logits_arguments, operand, precision
 
 # The logits' gradient held at once.
 BLOCK_BYTES = 64 * 1024 * 1024
