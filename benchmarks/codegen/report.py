@@ -117,7 +117,7 @@ def _exceptions(entries: list[Entry]) -> str:
     lines = []
     for entry in entries:
         row = entry.row
-        allowed = allowance_for(entry.family, row.name, row.architecture)
+        allowed = allowance_for(entry.family, row.name, row.architecture, entry.triton)
         if allowed.reason:
             lines.append(
                 (row.name, row.architecture, row.spilled_bytes, (row.loop or {}).get("local", 0), allowed.reason)

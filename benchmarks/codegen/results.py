@@ -17,7 +17,6 @@ from benchmarks.codegen.compiling import Variant, options_of, source_of
 from benchmarks.codegen.report import Entry
 from benchmarks.codegen.rows import Row
 from benchmarks.codegen.variants import Recorded, variants_of
-from benchmarks.report import write_json
 
 
 class Results:
@@ -59,13 +58,23 @@ class Results:
     def save(self) -> None:
         """Write the file, where there is one."""
         if self._path is not None:
-            found = [{**asdict(entry), **asdict(entry.row)} for entry in self.entries()]
-            for row in found:
-                del row["row"]
-            write_json(self._path, {"rows": found, "recorded": [asdict(figure) for figure in self._figures]})
+            found = [_record(entry) for entry in self.entries()]
+            _write(self._path, {"rows": found, "recorded": [asdict(figure) for figure in self._figures]})
 
     def _put(self, entry: Entry) -> None:
         self._entries[entry.triton, entry.row.architecture, entry.row.name] = entry
+
+
+def _write(path: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
+    """Each record on a line of its own, so that changes are read by row; written beside, then renamed."""
+    parts = [
+        f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]"
+        for name, records in tables.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    beside.replace(path)
 
 
 def digest_of(variant: Variant, architecture: str) -> str:
@@ -89,6 +98,12 @@ def _reading() -> str:
     return hashlib.sha256(b"".join(Path(x.__file__).read_bytes() for x in (compiling, rows, sass))).hexdigest()
 
 
+def _record(entry: Entry) -> dict[str, Any]:
+    """An entry and its row as one record, without the figures that such a kernel does not have."""
+    figures = {name: value for name, value in asdict(entry.row).items() if value is not None}
+    return {"family": entry.family, "triton": entry.triton, "digest": entry.digest, **figures}
+
+
 def _entry(found: dict[str, Any]) -> Entry:
-    row = Row(**{field.name: found[field.name] for field in fields(Row)})
+    row = Row(**{field.name: found[field.name] for field in fields(Row) if field.name in found})
     return Entry(found["family"], found["triton"], found["digest"], row)

@@ -82,11 +82,13 @@ _DESCRIBED: dict[str, dict[int, tuple[Configuration, ...]]] = {
         128: (_C(128, 128, 8, 2, True), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
         256: (_C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 32, 8, 2, True)),
     },
-    # Plain 521, 374. 64×64: 662 for 64; 128×64: 304 bytes spilled for 128; 32×128 with 8 warps: 561.
+    # Plain 521, 374. 64×64: 662 for 64; 128×64: 304 bytes spilled for 128; 32×128 with 8 warps: 561. For 256, causal,
+    # 16×64 spills 428 bytes, of which some in the loop, 32×32 none: 989, by mma.sync, for wgmma takes 64 keys; with
+    # every rule that spills 156.
     "backward_keys": {
         64: (_C(128, 64, 4, 2, True), _C(64, 64, 4, 2, True), _C(32, 64, 4, 2, True)),
         128: (_C(64, 64, 4, 2, True), _C(64, 64, 8, 2, True), _C(16, 64, 8, 2, True)),
-        256: (_C(16, 64, 8, 2, True),) * 3,
+        256: (_C(16, 64, 8, 2, True), _C(32, 32, 8, 2, True), _C(16, 32, 8, 2, True)),
     },
     # Plain 567, 302. 64×128 with 4 warps: 554, 301, with twice the reads of keys; 64×64: 704, 404.
     "backward_queries": {
@@ -96,9 +98,10 @@ _DESCRIBED: dict[str, dict[int, tuple[Configuration, ...]]] = {
     },
 }
 _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
-    # Plain 1154, 873. For 128 without the tail first: 144 bytes spilled; 128×64: 963 and 72 bytes.
+    # Plain 1154, 873. For 128 without the tail first: 144 bytes spilled; 128×64: 963 and 72 bytes. For 64 with dropout
+    # 2392; 128×64: 2850, and with Triton 3.6 204 bytes spilled where every rule is asked for.
     "forward": {
-        64: (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(128, 64, 8, 2)),
+        64: (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(64, 64, 8, 2)),
         128: (_C(128, 128, 8, 2, tail=16), _C(128, 32, 8, 2), _C(128, 32, 8, 2)),
         256: (_C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(64, 32, 8, 2)),
     },
@@ -127,8 +130,6 @@ _POINTERS_ON_SM_100: dict[tuple[str, int], tuple[Configuration, ...]] = {
     ("backward_keys", 128): (_C(16, 64, 8, 2), _C(16, 64, 8, 2), _C(16, 64, 8, 1)),
     ("backward_queries", 128): (_C(128, 32, 8, 2), _C(128, 32, 8, 2), _C(64, 32, 8, 2)),
 }
-# With Triton 3.6, 64 × 64 with 4 warps spills 40 bytes, with 3 stages 16; this: 605 wi/MF rather than 380.
-_PLAIN_ON_OLD_TRITON = {("backward_keys", 128): _C(64, 64, 8, 2, True)}
 # Where sm_90 must read by pointers, its wgmmas keep more in registers: smaller tiles.
 _POINTERS_WGMMA: dict[str, dict[int, tuple[Configuration, ...]]] = {
     "forward": {
@@ -169,10 +170,24 @@ _AMD: dict[str, dict[int, tuple[Configuration, ...]]] = {
 # float32 products use no tensor core (unless TF32 is allowed): every element of a tile passes through registers.
 # Forward and dQ take equal tiles, so that they compute equal scores to the last bit: weights then add up to 1 in both,
 # whatever a score of 10,000 has lost by rounding.
-_FLOAT32: dict[str, dict[int, Configuration]] = {
-    "forward": {64: _C(16, 32, 4, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 1)},
-    "backward_keys": {64: _C(16, 32, 4, 1), 128: _C(16, 16, 8, 1), 256: _C(16, 16, 8, 2)},
-    "backward_queries": {64: _C(16, 32, 4, 1), 128: _C(16, 16, 4, 1), 256: _C(16, 16, 8, 1)},
+_FLOAT32: dict[str, dict[int, tuple[Configuration, ...]]] = {
+    "forward": {64: (_C(16, 32, 4, 1),) * 3, 128: (_C(16, 16, 8, 1),) * 3, 256: (_C(16, 16, 8, 1),) * 3},
+    "backward_keys": {64: (_C(16, 32, 4, 1),) * 3, 128: (_C(16, 16, 8, 1),) * 3, 256: (_C(16, 16, 8, 2),) * 3},
+    "backward_queries": {64: (_C(16, 32, 4, 1),) * 3, 128: (_C(16, 16, 4, 1),) * 3, 256: (_C(16, 16, 8, 1),) * 3},
+}
+# Instead of those above with Triton 3.6, which keeps more in registers: for float32, and for what sm_90 reads by
+# descriptor. Behind each what it gives there, and in brackets what the choice above gives there.
+_ON_OLD_TRITON: dict[tuple[str, str, int, Demand], Configuration] = {
+    ("sm_90", "backward_keys", 64, Demand.RULED): _C(64, 128, 8, 2, True),  # window 689 (671, 16 bytes spilled)
+    ("sm_90", "backward_keys", 64, Demand.DROPOUT): _C(32, 128, 8, 2, True),  # every rule 2865 (2800, 8 bytes)
+    ("sm_90", "backward_keys", 128, Demand.PLAIN): _C(64, 64, 8, 2, True),  # 605 (380, 40 bytes; with 3 stages 16)
+    ("sm_90", "backward_keys", 128, Demand.RULED): _C(32, 64, 4, 2, True),  # window 534 (615 with 8 warps, 8 bytes)
+    ("sm_90", "backward_queries", 128, Demand.DROPOUT): _C(64, 64, 8, 2, True),  # every rule 1611 (1425, 44 bytes)
+    ("float32", "forward", 64, Demand.PLAIN): _C(16, 32, 8, 1),  # (12 bytes on sm_80)
+    ("float32", "forward", 64, Demand.RULED): _C(16, 32, 8, 1),
+    ("float32", "forward", 64, Demand.DROPOUT): _C(16, 16, 8, 1),  # (16 bytes on sm_80; 16×32, 8 warps: 24 on sm_90)
+    ("float32", "backward_queries", 64, Demand.DROPOUT): _C(16, 16, 8, 1),  # as forward
+    ("float32", "backward_keys", 64, Demand.DROPOUT): _C(16, 32, 8, 1),  # (44 bytes on sm_90)
 }
 
 
@@ -203,21 +218,24 @@ def _choose(
     kernel: str, head_dim: int, dtype: torch.dtype, architecture: str, describable: bool, demand: Demand
 ) -> Configuration:
     width = max(64, block_d(head_dim))
-    if dtype == torch.float32:
-        return _FLOAT32[kernel][width]
-    if architecture.startswith("gfx"):
-        table = _AMD
-    elif architecture.startswith(("sm_90", "sm_100")):  # sm_120 has too little shared memory for these tiles
-        table = _DESCRIBED if describable else _POINTERS_WGMMA
-    else:
-        table = _POINTERS
+    table = _table(dtype, architecture, describable)
     row = table[kernel][width]
-    if architecture.startswith("sm_100"):
+    if architecture.startswith("sm_100") and table is not _FLOAT32:
         row = (_DESCRIBED_ON_SM_100 if table is _DESCRIBED else _POINTERS_ON_SM_100).get((kernel, width), row)
     config = row[demand.value]
-    if table is _DESCRIBED and demand is Demand.PLAIN and _old_triton():
-        config = _PLAIN_ON_OLD_TRITON.get((kernel, width), config)
-    return replace(config, split=block_d(head_dim) > 64)
+    if _old_triton() and table is not _POINTERS_WGMMA:
+        config = _ON_OLD_TRITON.get(("float32" if table is _FLOAT32 else architecture, kernel, width, demand), config)
+    return replace(config, split=table is not _FLOAT32 and block_d(head_dim) > 64)
+
+
+def _table(dtype: torch.dtype, architecture: str, describable: bool) -> dict[str, dict[int, tuple[Configuration, ...]]]:
+    if dtype == torch.float32:
+        return _FLOAT32
+    if architecture.startswith("gfx"):
+        return _AMD
+    if architecture.startswith(("sm_90", "sm_100")):  # sm_120 has too little shared memory for these tiles
+        return _DESCRIBED if describable else _POINTERS_WGMMA
+    return _POINTERS
 
 
 def _old_triton() -> bool:

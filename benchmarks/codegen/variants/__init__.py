@@ -7,7 +7,8 @@ A family module has
 
 and may have
 
-    ALLOWANCES: dict[tuple[str, str], Allowance]    by (variant's name, architecture): what the gate lets pass, and why
+    ALLOWANCES: dict[tuple[str, ...], Allowance]    what the gate lets pass, and why: by (variant's name, architecture),
+                                                    or also a release of Triton such as "3.6", which then comes first
     RECORDED: tuple[Recorded, ...]                  figures of other people's kernels, printed beside ours
 
 Variants are made by the functions that a launch uses, so that what is compiled is what would run.
@@ -68,9 +69,11 @@ def variants_of(family: str, architecture: str, main_only: bool) -> list[Variant
     return module.main_variants(architecture) if main_only else module.all_variants(architecture)
 
 
-def allowance_for(family: str, name: str, architecture: str) -> Allowance:
-    """What the gate lets a kernel pass with; nothing unless the family says so."""
-    return getattr(family_module(family), "ALLOWANCES", {}).get((name, architecture), NOTHING)
+def allowance_for(family: str, name: str, architecture: str, triton: str) -> Allowance:
+    """What the gate lets a kernel pass with under a version of Triton; nothing unless the family says so."""
+    known = getattr(family_module(family), "ALLOWANCES", {})
+    release = ".".join(triton.split(".")[:2])
+    return known.get((name, architecture, release)) or known.get((name, architecture), NOTHING)
 
 
 def recorded(names: list[str]) -> list[Recorded]:

@@ -21,6 +21,10 @@ ALLOWANCES = {
     ("cross-entropy-gradient-d4096-bfloat16-softcap", "sm_80"): Allowance("softcap's slope", spilled_bytes=56),
     ("cross-entropy-gradient-d4096-bfloat16-all", "sm_80"): Allowance("every option at once", spilled_bytes=48),
     ("cross-entropy-gradient-d4096-bfloat16-all", "sm_90"): Allowance("every option at once", spilled_bytes=16),
+    # With steps of 32 it spills 424 bytes and takes 542 instructions a MFLOP rather than 505.
+    ("cross-entropy-forward-d4096-bfloat16-all", "sm_80", "3.6"): Allowance(
+        "bias, cap and smoothing of 128 × 256 logits at once, after the loop", spilled_bytes=432
+    ),
 }
 
 

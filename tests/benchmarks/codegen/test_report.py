@@ -50,12 +50,22 @@ def test_an_allowance_lets_pass_as_much_as_it_says_and_no_more():
     assert len(problems(replace(GOOD, spilled_bytes=12), VARIANT, allowed)) == 1
 
 
+def test_an_allowance_for_a_release_holds_only_there(monkeypatch):
+    old, other = Allowance("the old compiler's registers", 24), Allowance("the new compiler's", 8)
+    known = {("kernel", "sm_90", "3.6"): old, ("kernel", "sm_90"): other, ("copy", "sm_90", "3.6"): old}
+    monkeypatch.setattr(family_module("rotary"), "ALLOWANCES", known)
+    assert allowance_for("rotary", "kernel", "sm_90", "3.6.0") is old
+    assert allowance_for("rotary", "kernel", "sm_90", "3.9.0") is other
+    assert allowance_for("rotary", "copy", "sm_90", "3.9.0") is NOTHING
+    assert allowance_for("rotary", "copy", "sm_80", "3.6.0") is NOTHING
+
+
 @pytest.mark.parametrize("family", families())
 def test_every_allowance_is_of_a_kernel_that_exists_and_has_a_reason(family):
     module = family_module(family)
-    for name, architecture in getattr(module, "ALLOWANCES", {}):
+    for (name, architecture, *_release), allowed in getattr(module, "ALLOWANCES", {}).items():
         assert name in {variant.name for variant in module.all_variants(architecture)}
-        assert allowance_for(family, name, architecture).reason
+        assert allowed.reason
 
 
 @pytest.mark.parametrize("family", families())

@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from benchmarks.codegen.report import Entry
+from benchmarks.codegen.results import Results
+from benchmarks.codegen.rows import Row
 
 ROOT = Path(__file__).parents[3]
 FAMILY, CHIP = "rotary", "gfx942"
@@ -49,3 +54,16 @@ def test_only_what_may_come_out_differently_is_compiled_again(files):
     afresh = _run(*files, "--again", "--only", rows[0]["name"])
     assert afresh[0]["registers"] == rows[0]["registers"]
     assert afresh[1:] == again[1:]
+
+
+def test_a_file_holds_a_row_a_line_and_reads_back_the_same(tmp_path):
+    file = tmp_path / "rows.json"
+    product = Row("product", CHIP, 1.0, 64, 0, False, 0, 4, 2, "MFMA", 2, {"all": 500}, 500.0, "tensor", 1.0, 0.5)
+    copy = Row("copy", CHIP, 1.0, 32, 0, False, 0, 4, 1, "", accesses=4, wide_accesses=3, wide_share=0.92)
+    records = [{"family": FAMILY, "triton": "3.9.0", "digest": "of a source", **asdict(row)} for row in (product, copy)]
+    file.write_text(json.dumps({"rows": records, "recorded": []}, indent=1))
+    Results(file, []).save()
+    lines = [line.rstrip(",") for line in file.read_text().splitlines() if line.startswith("{\"")]
+    assert [json.loads(line)["name"] for line in lines] == ["product", "copy"]
+    assert "null" not in file.read_text()
+    assert Results(file, []).entries() == [Entry(FAMILY, "3.9.0", "of a source", row) for row in (product, copy)]
