@@ -109,7 +109,7 @@ _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
     "backward_keys": {
         64: (_C(32, 128, 8, 2, tail=16), _C(32, 64, 8, 2), _C(16, 64, 4, 2)),
         128: (_C(16, 128, 8, 2, tail=16), _C(32, 64, 8, 2), _C(16, 64, 8, 2)),
-        256: (_C(16, 64, 8, 2), _C(16, 64, 8, 2), _C(16, 64, 8, 2)),
+        256: (_C(16, 64, 8, 2), _C(32, 32, 8, 2), _C(16, 32, 8, 2)),
     },
     # Plain 854, 692. 128×64 with 4 warps: 841 and 132 bytes spilled for 64; 128×64: 662 and 68 bytes for 128.
     "backward_queries": {
