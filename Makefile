@@ -45,8 +45,8 @@ codegen: install ## compile every kernel for GPUs that need not be here, and hol
 reproduce: install ## train the recipe on a real model and fill in the paper's table; goes on where it was stopped
 	$(PY) -m benchmarks.reproduce
 
-demo: install demo/docstrings.jsonl demo/model ## embed 10,000 real texts with a real model, then ask questions
-	$(BIN)/llm2vec-fast embed demo/docstrings.jsonl --model demo/model --output demo/embeddings \
+demo: install demo/docstrings.jsonl demo/model ## embed 10,000 real texts with a real model and its adapter, then ask
+	$(BIN)/llm2vec-fast embed demo/docstrings.jsonl --model demo/model --adapter smollm2-135m --output demo/embeddings \
 	  --id-column id --text-column text --keep-columns text --normalize
 	$(BIN)/llm2vec-fast search demo/embeddings --top-k 5 \
 	  "read rows of a csv file" "run a command in another process and read its output" "turn an object into json"

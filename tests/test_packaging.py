@@ -85,7 +85,9 @@ def test_the_wheel_holds_the_product_and_nothing_else(wheel: Path) -> None:
     product = {path.relative_to(ROOT) for path in (ROOT / "llm2vec_fast").rglob("*.py")}
     kernels = {Path("llm2vec_fast", path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
     assert {Path(name) for name in names if name.endswith(".py")} == product | kernels
-    assert "llm2vec_fast/py.typed" in names
+    data = [(ROOT / "llm2vec_fast").rglob(pattern) for pattern in ("*.yaml", "*.safetensors", "*.json", "README.md")]
+    expected = {str(path.relative_to(ROOT)) for paths in data for path in paths} | {"llm2vec_fast/py.typed"}
+    assert {name for name in names if name.startswith("llm2vec_fast/") and not name.endswith(".py")} == expected
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:

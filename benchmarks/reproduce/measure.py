@@ -41,8 +41,8 @@ class Encoder:
 
 
 ENCODERS = (
-    Encoder("uni", "Uni", None, False, ("mean", "weighted_mean"), ("same_token",)),
-    Encoder("bi", "Bi", labels_from=("same_token",)),
+    Encoder("uni", "Uni: causal, untrained", None, False, ("mean", "weighted_mean"), ("same_token",)),
+    Encoder("bi", "Bi: untrained", labels_from=("same_token",)),
     Encoder("mntp", "Bi + MNTP", "mntp"),
     Encoder("simcse", "Bi + MNTP + SimCSE", "simcse"),
     Encoder("contrastive", "+ contrastive on pairs", "contrastive"),

@@ -32,14 +32,15 @@ tags: [llm2vec, sentence-similarity, feature-extraction]
 
 # SmolLM2-135M-Instruct as a text encoder
 
-A LoRA adapter of rank {rank} (float16) that makes [{base}](https://huggingface.co/{base}) a text encoder, trained by
-`make reproduce` with the configurations `{config}` of llm2vec-fast, on two CPU cores: attention both ways, masked
-next-token prediction, SimCSE, then contrastive training on pairs; one adapter holds all three.
+A LoRA adapter of rank {rank} (float16) that makes [{base}](https://huggingface.co/{base})
+a text encoder, trained by `make reproduce` with the configurations `{config}` of llm2vec-fast, on two CPU cores:
+attention both ways, masked next-token prediction, SimCSE, then contrastive training on pairs; one adapter holds all
+three.
 
     encoder = LLM2Vec.from_pretrained("{base}", "{config}", merge_peft=True)
 
-It reads English, up to 128 tokens as it was trained, and wants no instruction. It was trained in {hours:.1f} hours on a
-few ten thousand texts: it shows the recipe, and does not compete with encoders trained on millions of pairs.
+It reads English, up to 128 tokens as it was trained, and wants no instruction. It was trained in {hours:.1f} hours on
+about 100,000 short texts: it shows the recipe, and does not compete with encoders trained on millions of pairs.
 
 ## Scores
 
@@ -84,7 +85,7 @@ def release(folder: Path) -> None:
 def _named_base(path: Path) -> dict[str, Any]:
     """The adapter's configuration, with the name its base was published under rather than a folder's."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = BASE
+    config |= {"base_model_name_or_path": BASE, "target_modules": sorted(config["target_modules"])}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return config
 

@@ -13,6 +13,7 @@ from benchmarks.reproduce.texts import write_lines
 
 RESULTS = Path(__file__).parent.parent / "results"
 STS = "STS-B test"  # a column
+_WORDS = {"pos": "POS", "chunk": "chunks", "ner": "NER"}  # columns, by task
 _PEER = "MiniLM-L6, for scale"
 
 
@@ -30,7 +31,8 @@ def publish(folder: Path) -> None:
         plot(curves, RESULTS / "reproduce" / "learning-curves.png")
     about = content["machine"]
     note = (
-        f"STS-B: Spearman × 100; POS and chunks: accuracy; NER: F1 of entities. {about['processor']}, "
+        f"STS-B: Spearman × 100. CoNLL-2003, by a linear head on frozen outputs: accuracy of POS and chunks, F1 of NER, in "
+        f"percent. {about['processor']}, "
         f"{about['cores']} cores, PyTorch {about['torch']}, transformers {about['transformers']}, {about['date']}; "
         + ", ".join(f"{stage} {spent:.0f} min" for stage, spent in minutes.items() if spent)
         + "."
@@ -45,10 +47,10 @@ def rows(scores: dict[str, Any]) -> list[dict[str, str]]:
         words = scores.get(f"{encoder.name}-words", {})
         found.append(
             {"": encoder.title, STS: _shown(scores.get(f"{encoder.name}-sts"))}
-            | {f"CoNLL {task}": _shown(words.get(task)) for task in TASKS}
+            | {_WORDS[task]: _shown(words.get(task)) for task in TASKS}
         )
     peer = {"": _PEER, STS: _shown(scores.get("minilm-sts"))}
-    return [*found, peer | {f"CoNLL {task}": "–" for task in TASKS}]
+    return [*found, peer | {_WORDS[task]: "–" for task in TASKS}]
 
 
 def _log(stage: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,58 @@
+"""The adapter that comes with the library: small, safe to load, found by its name, and worth its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.fetch.docstrings import collect
+from benchmarks.fetch.smollm2 import FetchError, fetch
+from llm2vec_fast import LLM2Vec, adapters
+
+NAME = "smollm2-135m"
+FOLDER = Path(adapters.__file__).parent / NAME
+QUESTIONS = {
+    "read rows of a csv file": ("csv", "_csv"),
+    "run a command in another process and read its output": ("subprocess",),
+    "turn an object into json": ("json",),
+}
+
+
+def test_it_is_small_in_half_precision_and_names_its_base() -> None:
+    assert adapters.ready_adapters() == [NAME]
+    weights = FOLDER / "adapter_model.safetensors"
+    assert weights.stat().st_size <= 10_000_000
+    assert {x.dtype for x in load_file(weights).values()} == {torch.float16}
+    assert not [path for path in FOLDER.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+    config = json.loads((FOLDER / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(heading in card for heading in ("## Scores", "## Data", "## Settings"))
+
+
+def test_a_name_is_a_folder_unless_there_is_one_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert adapters.adapter_source(NAME) == str(FOLDER)
+    assert adapters.adapter_source("some/hub-name") == "some/hub-name"
+    Path(NAME).mkdir()
+    assert adapters.adapter_source(NAME) == NAME
+
+
+@pytest.mark.real
+def test_questions_find_the_functions_they_ask_for() -> None:
+    try:
+        encoder = LLM2Vec.from_pretrained(fetch(), NAME, merge_peft=True, device="cpu")
+    except FetchError as error:
+        pytest.skip(str(error))
+    found = list(collect())
+    modules = {module for expected in QUESTIONS.values() for module in expected}
+    chosen = [x for number, x in enumerate(found) if number % 30 == 0 or x.id.split(".")[0] in modules]
+    documents = torch.as_tensor(encoder.encode([x.text for x in chosen], normalize=True))
+    for question, expected in QUESTIONS.items():
+        scores = documents @ torch.as_tensor(encoder.encode([question], normalize=True))[0]
+        hits = [chosen[i].id for i in scores.topk(3).indices]
+        assert hits[0].split(".")[0] in expected, (question, hits)
