@@ -31,8 +31,8 @@ def publish(folder: Path) -> None:
         plot(curves, RESULTS / "reproduce" / "learning-curves.png")
     about = content["machine"]
     note = (
-        f"STS-B: Spearman × 100. CoNLL-2003, by a linear head on frozen outputs: accuracy of POS and chunks, F1 of NER, in "
-        f"percent. {about['processor']}, "
+        f"STS-B: Spearman × 100. CoNLL-2003, by a linear head on frozen outputs: accuracy of POS and chunks, F1 of "
+        f"NER, in percent. {about['processor']}, "
         f"{about['cores']} cores, PyTorch {about['torch']}, transformers {about['transformers']}, {about['date']}; "
         + ", ".join(f"{stage} {spent:.0f} min" for stage, spent in minutes.items() if spent)
         + "."
