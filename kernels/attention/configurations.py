@@ -73,6 +73,11 @@ class Demand(Enum):
 # Chosen from what `make codegen` finds in the machine code, without timings: no spilled registers first, then the
 # fewest instructions a FLOP in the inner loop (wi/MF, lower is better; the comments give it). Tables are by tile width
 # (up to 64, 128 and 256), each row by demand: plain, ruled, dropout.
+#
+# On sm_90 what is left beside products and softmax are uniform instructions (UMOV, UIADD3) that hold the operands of
+# wgmma and the coordinates of copies: for 128, 68 of 527 in the forward loop, 96 of 393 for dK and dV, 93 of 475 for
+# dQ. On sm_80 it is loading fragments (48 LDSM beside 64 HMMA of 194 for dK and dV of 128). Loops unrolled twice: dQ of
+# 64 on sm_90 548 rather than 567; dQ of 128, and dK and dV of 128 on sm_90, then spill in the loop.
 _C = Configuration
 _DESCRIBED: dict[str, dict[int, tuple[Configuration, ...]]] = {
     # Plain 919, 503. 128×64 with 4 warps: 1015, 603 and 8 bytes spilled. 64×128: 912, 505, but each key is read from L2
@@ -82,7 +87,7 @@ _DESCRIBED: dict[str, dict[int, tuple[Configuration, ...]]] = {
         128: (_C(128, 128, 8, 2, True), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
         256: (_C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 32, 8, 2, True)),
     },
-    # Plain 521, 374. 64×64: 662 for 64; 128×64: 304 bytes spilled for 128; 32×128 with 8 warps: 561. For 256, causal,
+    # Plain 521, 374. 64×64: 662 for 64; 128×64: 304 bytes spilled for 128; 32×64: 561; 3 stages: 400. For 256, causal,
     # 16×64 spills 428 bytes, of which some in the loop, 32×32 none: 989, by mma.sync, for wgmma takes 64 keys; with
     # every rule that spills 156.
     "backward_keys": {
@@ -105,13 +110,16 @@ _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
         128: (_C(128, 128, 8, 2, tail=16), _C(128, 32, 8, 2), _C(128, 32, 8, 2)),
         256: (_C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(64, 32, 8, 2)),
     },
-    # Plain 862, 740. 64×128: 809 and 24 bytes spilled for 64; 32×128: 689 and 88 bytes for 128.
+    # Plain 877, 740. For 64: 64×128: 809 and 24 bytes spilled, 64×64: 807 and 16, with 4 warps 851 and 8. For 128:
+    # 32×128: 689 and 88 bytes, 32×64: 865, 16×64 with 4 warps: 842, 3 stages: 851. For 256, causal, 16×64: 716 and 24
+    # bytes, 32×32: 793; with every rule 16×64: 1469 and 144 bytes, 16×32: 1596.
     "backward_keys": {
         64: (_C(32, 128, 8, 2, tail=16), _C(32, 64, 8, 2), _C(16, 64, 4, 2)),
         128: (_C(16, 128, 8, 2, tail=16), _C(32, 64, 8, 2), _C(16, 64, 8, 2)),
         256: (_C(16, 64, 8, 2), _C(32, 32, 8, 2), _C(16, 32, 8, 2)),
     },
-    # Plain 854, 692. 128×64 with 4 warps: 841 and 132 bytes spilled for 64; 128×64: 662 and 68 bytes for 128.
+    # Plain 854, 692. 128×64 with 4 warps: 841 and 132 bytes spilled for 64, 3 stages: 971; 128×64: 662 and 68 bytes for
+    # 128, 64×64 with 4 warps: 745, a tail of 16 first: 707.
     "backward_queries": {
         64: (_C(128, 64, 8, 2, tail=32), _C(128, 64, 8, 2), _C(128, 32, 8, 2)),
         128: (_C(128, 32, 8, 2), _C(128, 32, 8, 2), _C(64, 32, 8, 2)),
