@@ -47,7 +47,7 @@ reproduce: install ## train the recipe on a real model and fill in the paper's t
 
 demo: install demo/docstrings.jsonl demo/model ## embed 10,000 real texts with a real model and its adapter, then ask
 	$(BIN)/llm2vec-fast embed demo/docstrings.jsonl --model demo/model --adapter smollm2-135m --output demo/embeddings \
-	  --id-column id --text-column text --keep-columns text --normalize
+	  --id-column id --text-column text --keep-columns text --normalize --doc-max-length 64
 	$(BIN)/llm2vec-fast search demo/embeddings --top-k 5 \
 	  "read rows of a csv file" "run a command in another process and read its output" "turn an object into json"
 

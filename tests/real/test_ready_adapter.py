@@ -45,7 +45,7 @@ def test_a_name_is_a_folder_unless_there_is_one_of_that_name(tmp_path: Path, mon
 @pytest.mark.real
 def test_questions_find_the_functions_they_ask_for() -> None:
     try:
-        encoder = LLM2Vec.from_pretrained(fetch(), NAME, merge_peft=True, device="cpu")
+        encoder = LLM2Vec.from_pretrained(fetch(), NAME, merge_peft=True, doc_max_length=64, device="cpu")
     except FetchError as error:
         pytest.skip(str(error))
     found = list(collect())
