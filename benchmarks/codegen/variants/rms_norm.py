@@ -40,5 +40,5 @@ def main_variants(architecture: str) -> list[Variant]:
 
 def all_variants(architecture: str) -> list[Variant]:
     """These, odd widths, the widest, and float32."""
-    others = [rms_norm(kind, columns) for kind in KINDS for columns in (64, 576, 8192)]
+    others = [rms_norm(kind, columns) for kind in KINDS for columns in (64, 576, 8192, 16384)]
     return [*main_variants(architecture), *others, *(rms_norm(kind, 2048, torch.float32) for kind in KINDS)]
