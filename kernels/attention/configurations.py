@@ -186,6 +186,8 @@ _FLOAT32: dict[str, dict[int, tuple[Configuration, ...]]] = {
 # Instead of those above with Triton 3.6, which keeps more in registers: for float32, and for what sm_90 reads by
 # descriptor. Behind each what it gives there, and in brackets what the choice above gives there.
 _ON_OLD_TRITON: dict[tuple[str, str, int, Demand], Configuration] = {
+    ("sm_90", "forward", 256, Demand.RULED): _C(64, 64, 8, 2, True),  # causal 595 (416, 96 bytes spilled)
+    ("sm_90", "forward", 256, Demand.DROPOUT): _C(64, 64, 8, 2, True),  # every rule 1488 (1520, 32 bytes)
     ("sm_90", "backward_keys", 64, Demand.RULED): _C(64, 128, 8, 2, True),  # window 689 (671, 16 bytes spilled)
     ("sm_90", "backward_keys", 64, Demand.DROPOUT): _C(32, 128, 8, 2, True),  # every rule 2865 (2800, 8 bytes)
     ("sm_90", "backward_keys", 128, Demand.PLAIN): _C(64, 64, 8, 2, True),  # 605 (380, 40 bytes; with 3 stages 16)

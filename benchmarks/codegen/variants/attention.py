@@ -122,7 +122,7 @@ def all_variants(architecture: str) -> list[Variant]:
     variants = main_variants(architecture)
     for which, head_dim in product(PASSES, OTHER_HEAD_DIMS):
         variants.append(attention(which, architecture, head_dim))
-    variants += [attention("dk-dv", architecture, 256, rule=rule) for rule in ("causal", "all")]
+    variants += [attention(which, architecture, 256, rule=rule) for which in PASSES for rule in ("causal", "all")]
     for which, head_dim in product(PASSES, HEAD_DIMS):
         variants += [attention(which, architecture, head_dim, rule=rule) for rule in RULES]
         variants.append(attention(which, architecture, head_dim, torch.float16))
