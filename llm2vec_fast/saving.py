@@ -34,6 +34,8 @@ def written_beside(target: str | Path) -> Iterator[Path]:
     beside.chmod(0o777 & ~_umask())
     try:
         yield beside
+        for path in filter(Path.is_file, beside.rglob("*")):
+            path.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else may read
         if not target.exists():
             beside.rename(target)
             return

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from reference_data import FOLDER, INPUTS, PUBLISHED_BOUND, TEXTS
+from safetensors.torch import save_file
 from transformers import AutoModel
 
 from llm2vec_fast import LLM2Vec
@@ -122,3 +123,14 @@ def test_a_new_folder_has_ordinary_permissions(tmp_path):
         (folder / "file").write_text("x")
     assert (tmp_path / "parents" / "made").stat().st_mode == (tmp_path / "by_hand").stat().st_mode
     assert [path.name for path in (tmp_path / "parents").iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+def test_saved_files_have_ordinary_permissions(tmp_path, existing):
+    target, by_hand = tmp_path / "out", tmp_path / "by_hand"
+    by_hand.touch()
+    if existing:
+        target.mkdir()
+    with written_beside(target) as folder:
+        save_file({"x": torch.ones(1)}, folder / "weights.safetensors")
+    assert (target / "weights.safetensors").stat().st_mode == by_hand.stat().st_mode

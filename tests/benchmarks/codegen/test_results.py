@@ -63,7 +63,7 @@ def test_a_file_holds_a_row_a_line_and_reads_back_the_same(tmp_path):
     records = [{"family": FAMILY, "triton": "3.9.0", "digest": "of a source", **asdict(row)} for row in (product, copy)]
     file.write_text(json.dumps({"rows": records, "recorded": []}, indent=1))
     Results(file, []).save()
-    lines = [line.rstrip(",") for line in file.read_text().splitlines() if line.startswith("{\"")]
+    lines = [line.rstrip(",") for line in file.read_text().splitlines() if line.startswith('{"')]
     assert [json.loads(line)["name"] for line in lines] == ["product", "copy"]
     assert "null" not in file.read_text()
     assert Results(file, []).entries() == [Entry(FAMILY, "3.9.0", "of a source", row) for row in (product, copy)]
