@@ -263,19 +263,24 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     given = parser.parse_args()
     folder = str(smollm2.fetch())
-    found = {stage: measure(folder, stage, given.steps, given.rounds) for stage in given.stage}
-    tables = [markdown_table(summarise(stage, some)) for stage, some in found.items()]
-    print(*tables, sep="\n\n")
-    if given.dry:
-        return
+    found = {}
+    for stage in given.stage:
+        found[stage] = measure(folder, stage, given.steps, given.rounds)
+        tables = [markdown_table(summarise(stage, some)) for stage, some in found.items()]
+        print(tables[-1], flush=True)
+        if not given.dry:  # after each stage: nothing measured is lost
+            publish(found, tables, given.steps, given.rounds)
+
+
+def publish(found: dict[str, dict], tables: list[str], steps: int, rounds: int) -> None:
+    """Write the JSON file and the page's rows."""
     about = machine()
     write_json(RESULTS, {"machine": about, "stages": found})
     note = (
         f"SmolLM2-135M, LoRA r = {RANK}. MNTP: {MNTP_BATCH} sequences of {MNTP_LENGTH} tokens; SimCSE: {SIMCSE_BATCH} "
-        f"sentences, each twice, of their own lengths. Medians of {given.rounds} steps; losses of {given.steps} "
-        "steps on a quarter of such a batch. "
-        f"{about['processor']}, {about['cores']} cores; torch {about['torch']}, transformers {about['transformers']}; "
-        f"{about['date']}."
+        f"sentences, each twice, of their own lengths. Medians of {rounds} steps; losses of {steps} steps on a "
+        f"quarter of such a batch. {about['processor']}, {about['cores']} cores; torch {about['torch']}, transformers "
+        f"{about['transformers']}; {about['date']}."
     )
     update_readme("train", "\n\n".join([note, *tables]))
 
