@@ -4,8 +4,8 @@
     python -m benchmarks.train --stage mntp --rounds 5
 
 Every contender trains in a process of its own, on the same batches (for MNTP with the same tokens hidden), with the
-same adapter and optimiser, and they take turns. First the losses of so many steps on quarter batches are compared; then
-whole batches are timed, after one that is not.
+same adapter and optimiser, and ours takes turns with each peer. First the losses of so many steps on quarter batches
+are compared; then whole batches are timed, after one that is not.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ CONTENDERS = {
     "transformers + peft, float32 weights under bf16 autocast": "stock_float32",
     "transformers + peft, bf16 weights": "stock_bfloat16",
 }
+OURS, *PEERS = CONTENDERS
 Step = Callable[[list[Tensor]], Tensor]  # one batch's texts to its loss, with gradients left behind
 
 
@@ -211,35 +212,51 @@ def _texts(folder: str, stage: str, count: int) -> list[Tensor]:
 
 
 def measure(folder: str, stage: str, steps: int, rounds: int) -> dict:
-    """Losses of ``steps`` small steps of each contender, then ``rounds`` of turns, a whole step each."""
+    """Ours beside one peer after the other (three at once may not fit in memory): losses of ``steps`` small steps of
+    each, then ``rounds`` of turns, a whole step each."""
     given, tokens = drawn(folder, stage, steps, rounds + 1)
-    workers = {name: Worker(globals()[kind], folder, given) for name, kind in CONTENDERS.items()}
+    rows: dict[str, dict] = {}
+    for peer in PEERS:
+        workers = {name: Worker(globals()[CONTENDERS[name]], folder, given) for name in (OURS, peer)}
+        losses = _losses(stage, workers, steps)
+        seconds = _turns(workers, rounds)
+        for name, worker in workers.items():
+            peak = worker.peak_mib()
+            row = {"losses": losses[name], "seconds": seconds[name], "peak_mib": peak}
+            rows.setdefault(name, {**row, "above_weights_mib": peak - worker.loaded_mib})
+            worker.stop()
+        rows[peer]["our_seconds"] = seconds[OURS]
+    return {"tokens": tokens, "contenders": rows}
+
+
+def _losses(stage: str, workers: dict[str, Worker], steps: int) -> dict[str, list[float]]:
     losses: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(steps):
         for name, worker in workers.items():
             losses[name].append(float(worker.outputs()))
         print(f"{stage}: step {number + 1}/{steps}", *(f"{losses[name][-1]:.3f}" for name in workers), flush=True)
+    return losses
+
+
+def _turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
+    """Seconds of whole steps, after one that is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for worker in workers.values():
         worker.outputs()
     for _ in range(rounds):
         for name, worker in workers.items():
             seconds[name].append(worker.seconds())
-    rows = {}
-    for name, worker in workers.items():
-        rows[name] = {"losses": losses[name], "seconds": seconds[name], "peak_mib": worker.peak_mib()}
-        rows[name]["above_weights_mib"] = worker.peak_mib() - worker.loaded_mib
-        worker.stop()
-    return {"tokens": tokens, "contenders": rows}
+    return seconds
 
 
 def summarise(stage: str, found: dict) -> list[dict[str, str]]:
     """One table row a contender, ratios taken turn by turn."""
     rows = found["contenders"]
-    first = rows[next(iter(rows))]
+    first = rows[OURS]
     table = []
     for name, row in rows.items():
-        ratio = statistics.median(a / b for a, b in zip(row["seconds"], first["seconds"], strict=True))
+        beside = row.get("our_seconds", row["seconds"])
+        ratio = statistics.median(a / b for a, b in zip(row["seconds"], beside, strict=True))
         apart = np.abs(np.array(row["losses"]) - np.array(first["losses"]))
         table.append(
             {

@@ -111,7 +111,7 @@ def _words(encoder: Encoder, folder: Path, task: str, label_from: str) -> dict[s
             peft_model_name_or_path=None if encoder.stage is None else str(folder / encoder.stage),
             train_file=[str(conll2003.file("train"))], validation_file=[str(conll2003.file("valid"))],
             test_file=[str(conll2003.file("test"))], label_column=str(conll2003.COLUMNS[task]),
-            retroactive_labels=label_from, features_folder=str(folder / "features" / f"{encoder.name}-{label_from}"),
+            retroactive_labels=label_from, features_folder=str(folder / "features" / encoder.name),
             save_strategy="no", report_to="none", logging_steps=1000,
         )
     )  # fmt: skip

@@ -51,7 +51,8 @@ class WordLevelArguments(TrainingArguments):
     features_folder: str | None = field(
         default=None,
         metadata={
-            "help": "Keep the words' outputs here, for other labels of the same sentences; by default gone at the end."
+            "help": "Keep the words' outputs here, for other labels of the same sentences and both values of "
+            "retroactive_labels; by default gone at the end."
         },
     )
     classifier_dropout: float = field(default=0.1, metadata={"help": "Dropout in front of the head."})

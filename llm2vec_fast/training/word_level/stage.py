@@ -23,7 +23,7 @@ from llm2vec_fast.training.checkpoints import last_checkpoint, told_if_unwritabl
 from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.run import StageTrainer
 
-from .arguments import WordLevelArguments
+from .arguments import LABEL_FROM, WordLevelArguments
 from .classifier import Head, save_head
 from .features import word_features
 from .scores import word_scores
@@ -143,6 +143,7 @@ def _labelled_words(
     }
     number = {label: index for index, label in enumerate(labels)}
     folder = _features_folder(arguments)
+    kept = LABEL_FROM if arguments.features_folder else (arguments.retroactive_labels,)  # both for the price of one
     words = {}
     with arguments.main_process_first(desc="embedding the words"):  # the others read what it has put on disk
         encoder = LLM2Vec.from_pretrained(
@@ -150,11 +151,9 @@ def _labelled_words(
             device="cpu" if arguments.use_cpu else None,
         )  # fmt: skip
         for name, some in sentences.items():
-            found = word_features(
-                encoder, [s.words for s in some], arguments.retroactive_labels, folder / f"{name}.npy"
-            )
+            found = word_features(encoder, [s.words for s in some], kept, folder / f"{name}.npy")
             known = [number.get(label, -100) for sentence in some for label in sentence.labels]
-            words[name] = Words(found, np.array(known, dtype=np.int64))
+            words[name] = Words(found[arguments.retroactive_labels], np.array(known, dtype=np.int64))
     if not len(words["train"]):
         raise UserError(f"no word is within max_seq_length={arguments.max_seq_length}: give more")
     return words, given

@@ -79,12 +79,35 @@ def test_words_beyond_the_limit_have_no_features() -> None:
 
 def test_features_are_kept_and_made_anew_when_anything_differs(encoder: LLM2Vec, tmp_path: Path) -> None:
     path = tmp_path / "words.npy"
-    first = np.array(word_features(encoder, [["a", "cat"]], "same_token", path))
+    first = np.array(word_features(encoder, [["a", "cat"]], ["same_token"], path)["same_token"])
     stamp = path.stat().st_mtime_ns
-    assert np.array_equal(word_features(encoder, [["a", "cat"]], "same_token", path), first)
+    assert np.array_equal(word_features(encoder, [["a", "cat"]], ["same_token"], path)["same_token"], first)
     assert path.stat().st_mtime_ns == stamp
-    other = word_features(encoder, [["a", "cat"]], "next_token", path)
+    other = word_features(encoder, [["a", "dog"]], ["same_token"], path)["same_token"]
     assert not np.array_equal(other, first)
+
+
+def test_both_ways_of_labelling_take_one_pass(encoder: LLM2Vec, tmp_path: Path) -> None:
+    sentences = [["unbelievable", "cats"], ["a", "dog", "sat"]]
+    found = word_features(encoder, sentences, ["same_token", "next_token"], tmp_path / "words.npy")
+    for label_from, rows in found.items():
+        assert np.array_equal(rows, np.concatenate(embed_words(encoder, sentences, label_from)))
+
+
+def test_kept_features_serve_both_ways_of_labelling(
+    arguments: Callable[..., WordLevelArguments], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    once = {"max_steps": 2, "save_strategy": "no", "features_folder": str(kept)}
+    train_word_level(arguments("first", **once))
+    stamp = (kept / "train.npy").stat().st_mtime_ns
+    train_word_level(arguments("second", **once, retroactive_labels="next_token"))
+    assert (kept / "train.npy").stat().st_mtime_ns == stamp
+    train_word_level(arguments("alone", max_steps=2, save_strategy="no", retroactive_labels="next_token"))
+    heads = {name: load_file(tmp_path / name / "head.safetensors")["linear.weight"] for name in ("second", "alone")}
+    assert torch.equal(heads["second"], heads["alone"])
+    first = load_file(tmp_path / "first" / "head.safetensors")["linear.weight"]
+    assert not torch.equal(first, heads["second"])
 
 
 def test_a_head_learns_is_scored_and_labels_words(
