@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 
@@ -26,54 +25,16 @@ from llm2vec_fast.training.models import load_model
 from llm2vec_fast.training.packing import filled
 from llm2vec_fast.training.run import NonFiniteLossError
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "rain",
-    "fell",
-    "over",
-    "old",
-    "stone",
-    "walls",
-    "near",
-    "our",
-    "quiet",
-    "river",
-]
+Settings = Callable[..., dict[str, object]]
+Arguments = Callable[..., MntpArguments]
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    rng = np.random.default_rng(0)
-    lines = [" ".join(rng.choice(WORDS, rng.integers(3, 14))) for _ in range(60)]
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
+def arguments(settings: Settings) -> Arguments:
+    def arguments(output: str = "out", **changes: object) -> MntpArguments:
+        return MntpArguments(**settings(output, **{"line_by_line": True, "mask_token_type": "eos", **changes}))
 
-
-def arguments(corpus: str, output: Path, **changes: object) -> MntpArguments:
-    settings = {
-        "model_name_or_path": str(FOLDER / "llama"),
-        "train_file": [corpus],
-        "output_dir": str(output),
-        "line_by_line": True,
-        "max_seq_length": 24,
-        "max_steps": 4,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "model_dtype": "float32",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
-    return MntpArguments(**{**settings, **changes})
+    return arguments
 
 
 @pytest.mark.parametrize("masking", ["default", "all_mask"])
@@ -138,10 +99,11 @@ def test_a_mask_token_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["adapter", "all-weights"])
-def test_training_lowers_the_loss_and_writes_an_encoder(corpus: str, tmp_path: Path, rank: int) -> None:
+def test_training_lowers_the_loss_and_writes_an_encoder(
+    arguments: Arguments, corpus: str, tmp_path: Path, rank: int
+) -> None:
     output = tmp_path / "out"
-    settings = {"lora_r": rank, "max_steps": 12, "validation_file": [corpus], "mask_token_type": "eos"}
-    train_mntp(arguments(corpus, output, **settings))
+    train_mntp(arguments(lora_r=rank, max_steps=12, validation_file=[corpus]))
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     losses = [line["loss"] for line in history if "loss" in line]
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
@@ -159,14 +121,14 @@ def test_training_lowers_the_loss_and_writes_an_encoder(corpus: str, tmp_path: P
     assert (trained.encode(texts) - untrained.encode(texts)).abs().max() > 1e-3
 
 
-def test_what_was_merged_before_comes_out_too(corpus: str, tmp_path: Path) -> None:
+def test_what_was_merged_before_comes_out_too(arguments: Arguments, tmp_path: Path) -> None:
     """An adapter as the base, and one on top that learns nothing: what comes out is the first."""
-    given = {"model_name_or_path": str(tmp_path / "first"), "mask_token_type": "eos", "learning_rate": 0.0}
+    given = {"model_name_or_path": str(tmp_path / "first"), "learning_rate": 0.0}
     copytree(FOLDER / "llama-lora", tmp_path / "first")
     config = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(FOLDER / "llama")
     (tmp_path / "first" / "adapter_config.json").write_text(json.dumps(config))
-    train_mntp(arguments(corpus, tmp_path / "out", max_steps=1, **given))
+    train_mntp(arguments(max_steps=1, **given))
     before, after = (
         LLM2Vec.from_pretrained(FOLDER / "llama", path, dtype="float32", device="cpu").encode("rain fell")
         for path in (tmp_path / "first", tmp_path / "out")
@@ -177,12 +139,12 @@ def test_what_was_merged_before_comes_out_too(corpus: str, tmp_path: Path) -> No
     assert saved["base_model_name_or_path"] == str(FOLDER / "llama")
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(corpus: str, tmp_path: Path) -> None:
-    train_mntp(arguments(corpus, tmp_path / "whole", mask_token_type="eos"))
-    train_mntp(arguments(corpus, tmp_path / "cut", mask_token_type="eos", max_steps=4, save_steps=2))
+def test_an_interrupted_run_goes_on_to_the_same_weights(arguments: Arguments, tmp_path: Path) -> None:
+    train_mntp(arguments("whole"))
+    train_mntp(arguments("cut", max_steps=4, save_steps=2))
     for path in ("checkpoint-4", "adapter_model.safetensors", "trainer_state.json"):
         remove(tmp_path / "cut" / path)
-    train_mntp(arguments(corpus, tmp_path / "cut", mask_token_type="eos"))
+    train_mntp(arguments("cut"))
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -190,19 +152,19 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(corpus: str, tmp_path: P
     assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
 
 
-def test_two_processes_train_as_one_on_the_joined_batch(corpus: str, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_on_the_joined_batch(
+    settings: Settings,
+    launch: Callable[..., subprocess.Popen[str]],
+    finished: Callable[[subprocess.Popen[str]], None],
+    tmp_path: Path,
+) -> None:
     """Batches whose hidden tokens differ in number: only a loss divided by the number of all of them agrees."""
-    options = {
-        "train_file": corpus, "model_name_or_path": FOLDER / "llama", "mask_token_type": "eos", "line_by_line": True,
-        "max_seq_length": 24, "max_steps": 3, "lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1.0,
-        "model_dtype": "float32", "use_cpu": True, "save_strategy": "no", "report_to": "none",
-    }  # fmt: skip
-    command = ["-m", "llm2vec_fast", "train", "mntp", *(f"--{name}={value}" for name, value in options.items())]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, prefix, size in (("one", [sys.executable], 8), ("two", launch, 4)):
-        sizes = [f"--per_device_train_batch_size={size}", f"--output_dir={tmp_path / name}"]
-        subprocess.run([*prefix, *command, *sizes], check=True, env=environment, timeout=300)
+    for name, processes in (("one", 1), ("two", 2)):
+        options = settings(
+            name, mask_token_type="eos", line_by_line=True, max_steps=3, lora_dropout=0.0, optim="sgd",
+            learning_rate=1.0, save_strategy="no", per_device_train_batch_size=8 // processes,
+        )  # fmt: skip
+        finished(launch("mntp", options, processes))
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     moved = max(float(one[name].abs().max()) for name in one if "lora_B" in name)  # they start at zero
     assert moved > 1e-3
@@ -219,27 +181,26 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_texts(corpus: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_texts(arguments: Arguments, tmp_path: Path) -> None:
     broken = AutoModelForCausalLM.from_pretrained(FOLDER / "llama", dtype=torch.float32)
     broken.model.norm.weight.data.fill_(float("nan"))
     broken.save_pretrained(tmp_path / "broken")
     AutoTokenizer.from_pretrained(FOLDER / "llama").save_pretrained(tmp_path / "broken")
-    settings = {"model_name_or_path": str(tmp_path / "broken"), "mask_token_type": "eos"}
     with pytest.raises(NonFiniteLossError, match=r"the loss is nan at step 1 on the sequences \d+, \d+.*learning_rate"):
-        train_mntp(arguments(corpus, tmp_path / "out", **settings))
+        train_mntp(arguments(model_name_or_path=str(tmp_path / "broken")))
     assert (tmp_path / "out" / "checkpoint-0").is_dir()
 
 
-def test_texts_too_short_to_join_are_refused(tmp_path: Path) -> None:
+def test_texts_too_short_to_join_are_refused(arguments: Arguments, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a\n")
     with pytest.raises(UserError, match="no training text is long enough: 24 tokens are needed"):
-        train_mntp(arguments(str(tmp_path / "short.txt"), tmp_path / "out", line_by_line=False, mask_token_type="eos"))
+        train_mntp(arguments(train_file=[str(tmp_path / "short.txt")], line_by_line=False))
 
 
 def test_tokens_of_no_text_fill_a_batch_on_a_cpu_and_change_neither_loss_nor_gradients(
-    corpus: str, tmp_path: Path
+    arguments: Arguments,
 ) -> None:
-    stage = load_model(arguments(corpus, tmp_path, model_dtype="float32", lora_dropout=0.0), head=True)
+    stage = load_model(arguments(lora_dropout=0.0), head=True)
     rows = [
         {"input_ids": list(range(10, 10 + length)), "special": [0] * length, "seed": i, "row": i}
         for i, length in enumerate((9, 40, 21))
