@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.kernels.pooling import POOLING_MODES
+from llm2vec_fast.precision import DTYPES
 from llm2vec_fast.training.masking import MASK_TOKENS, MASKINGS
 
 # The projections that the paper adapts, all of Llama's; other families name them alike or fuse them.
@@ -86,9 +87,13 @@ class StageArguments(TrainingArguments):
             raise UserError("continue_adapter=True needs an adapter: give peft_model_name_or_path, and lora_r above 0")
         if self.lora_r < 0:
             raise UserError(f"lora_r={self.lora_r} is negative: give the adapter's rank, or 0 to train all weights")
-        if self.saved_rank is not None and self.saved_rank < 1:
-            raise UserError(f"saved_rank={self.saved_rank} is not positive: give a rank, or leave it out")
+        if self.lora_r and not self.lora_target_modules:
+            raise UserError("lora_target_modules is empty: name the layers to adapt, or give lora_r=0")
+        require_positive("saved_rank", self.saved_rank)
+        require_positive("lora_alpha", self.lora_alpha)
         require_share("lora_dropout", self.lora_dropout)
+        require_choice("model_dtype", self.model_dtype, ("auto", *DTYPES))
+        require_usable_run(self)
         super().__post_init__()
         if self.n_gpu > 1:  # transformers would cut batches along their first dimension, and a packed one has no such
             self._n_gpu = 1
@@ -171,8 +176,9 @@ class EmbeddingArguments(StageArguments):
         require_share("attention_dropout", self.attention_dropout)
         if not 0 < self.scale < math.inf:
             raise UserError(f"scale={self.scale} is not a positive number: give the inverse of the temperature")
-        if self.token_budget is not None and self.token_budget < 1:
-            raise UserError(f"token_budget={self.token_budget} is not positive: give tokens, or leave it out")
+        require_positive("token_budget", self.token_budget)
+        if self.false_negative_margin is not None and math.isnan(self.false_negative_margin):
+            raise UserError("false_negative_margin=nan is not a number: give a difference of cosines, or leave it out")
         if any(width < 1 for width in self.matryoshka_dims):
             raise UserError(f"matryoshka_dims={self.matryoshka_dims} has a number below 1: give numbers of dimensions")
         if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims):
@@ -180,8 +186,9 @@ class EmbeddingArguments(StageArguments):
                 f"matryoshka_weights has {len(self.matryoshka_weights)} numbers and matryoshka_dims "
                 f"{len(self.matryoshka_dims)}: give one for each, or none"
             )
-        if any(weight <= 0 for weight in self.matryoshka_weights):
+        if not all(0 < weight < math.inf for weight in self.matryoshka_weights):
             raise UserError(f"matryoshka_weights={self.matryoshka_weights} has one that is not positive: leave it out")
+        require_usable_run(self)  # before numbers of it are multiplied
         self._join_accumulated()
         super().__post_init__()
 
@@ -265,6 +272,31 @@ class ContrastiveArguments(EmbeddingArguments):
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name}={value} is unknown: choose one of {', '.join(choices)}")
+
+
+def require_positive(name: str, value: int | None) -> None:
+    """None passes: it is what a setting that is left out is."""
+    if value is not None and value < 1:
+        raise UserError(f"{name}={value} is not positive: give at least 1, or leave it out")
+
+
+def require_usable_run(arguments: TrainingArguments) -> None:
+    """What transformers' own settings can be; it would train nothing, or fail far from here.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        require_positive(name, getattr(arguments, name))
+    if arguments.max_steps != -1:
+        require_positive("max_steps", arguments.max_steps)
+    elif not 0 < arguments.num_train_epochs < math.inf:
+        raise UserError(f"num_train_epochs={arguments.num_train_epochs} is not positive: give the rounds to train")
+    if not arguments.learning_rate >= 0:  # NaN, too
+        raise UserError(f"learning_rate={arguments.learning_rate} is not a rate: give a number from 0")
+    for name in ("seed", "data_seed"):
+        if not 0 <= (getattr(arguments, name) or 0) < 2**32:
+            raise UserError(f"{name}={getattr(arguments, name)} is not a seed: give a number from 0 to below 2**32")
 
 
 def require_share(name: str, value: float) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -34,16 +36,19 @@ def read_arguments(kind: type[Arguments], config: str | Path | None, overrides: 
     names = {item.name for item in dataclasses.fields(kind) if item.init}
     given = {} if config is None else _read_yaml(_find(Path(config), kind.STAGE))
     for key in given:
-        _require_known(key, names, f"the file {config}")
+        _require_known(str(key), names, f"the file {config}")
     parser = _Parser(kind, prog=kind.__name__, allow_abbrev=False)
     for word in overrides:  # before values are looked at: a misspelt key must not be told as a missing one
         key = word.removeprefix("--").split("=")[0].replace("-", "_")
         if word.startswith("--") and key.removeprefix("no_") not in names:
             _require_known(key, names, "the command line")
-    parser.set_defaults(**given)
-    arguments, rest = parser.parse_args_into_dataclasses(
-        args=list(overrides), look_for_args_file=False, return_remaining_strings=True
-    )
+    parser.set_defaults(**_typed(given, parser, kind, f"the file {config}"))
+    try:
+        arguments, rest = parser.parse_args_into_dataclasses(
+            args=list(overrides), look_for_args_file=False, return_remaining_strings=True
+        )
+    except ValueError as error:  # what transformers refuses
+        raise UserError(f"{' '.join(str(error).split())} ({_HINT})") from error
     if rest:
         raise UserError(f"{rest[0]!r} on the command line belongs to no option: write --key value")
     return arguments
@@ -89,6 +94,38 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} ({_HINT})")
+
+
+def _typed(given: dict[str, Any], parser: _Parser, kind: type[StageArguments], place: str) -> dict[str, Any]:
+    """A file's values, each of its setting's type, as the command line reads them."""
+    hints = get_type_hints(kind)
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --no_key comes after --key
+    found = {}
+    for key, value in given.items():
+        kinds = {get_origin(hint) or hint: hint for hint in _members(hints[key])}
+        try:
+            found[key] = _read(value, set(kinds), actions[key].type, several=actions[key].nargs == "+")
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            kinds.pop(NoneType, None)
+            wanted = " or ".join(hint.__name__ if isinstance(hint, type) else str(hint) for hint in kinds.values())
+            raise UserError(f"{place} has {key} with an invalid {wanted} value: {value!r} ({_HINT})") from error
+    return found
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _read(value: Any, kinds: set[type], read: Callable[[str], Any], *, several: bool) -> Any:
+    if several and value is not None and not isinstance(value, dict):
+        return [_read(x, set(), read, several=False) for x in (value if isinstance(value, list) else [value])]
+    if value is None or isinstance(value, list | dict):
+        if type(value) not in kinds:
+            raise TypeError
+        return value
+    if isinstance(value, bool):  # YAML takes the word no for one
+        value = "yes" if value else "no"
+    return read(str(value))
 
 
 def _require_known(key: str, names: set[str], place: str) -> None:

@@ -8,7 +8,8 @@ from typing import ClassVar
 from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.training.arguments import require_choice, require_share
+from llm2vec_fast.precision import DTYPES
+from llm2vec_fast.training.arguments import require_choice, require_positive, require_share, require_usable_run
 
 LABEL_FROM = ("same_token", "next_token")
 
@@ -69,10 +70,14 @@ class WordLevelArguments(TrainingArguments):
         if self.model_name_or_path is None:
             raise UserError("model_name_or_path is not given: name the encoder")
         for name in ("train_file", "validation_file", "test_file"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
+            given = getattr(self, name)
+            setattr(self, name, [each for each in ([given] if isinstance(given, str) else given) if each])
         if not self.train_file:
             raise UserError("train_file is not given: name the labelled sentences to train on")
         require_choice("retroactive_labels", self.retroactive_labels, LABEL_FROM)
+        require_choice("model_dtype", self.model_dtype, ("auto", *DTYPES))
+        require_positive("max_seq_length", self.max_seq_length)
+        require_positive("token_budget", self.token_budget)
         require_share("classifier_dropout", self.classifier_dropout)
+        require_usable_run(self)
         super().__post_init__()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments
@@ -94,15 +96,56 @@ def test_one_value_or_several_is_a_list(tmp_path: Path) -> None:
     assert arguments.matryoshka_dims == [8, 16]
 
 
+def test_values_of_a_file_are_read_as_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        NEEDED + "save_strategy: no\ntext_column: 3\nline_by_line: 'yes'\nlearning_rate: 1\n"
+        "lora_target_modules: q_proj\nlora_alpha:\nlr_scheduler_kwargs: {num_cycles: 2}\ninclude_for_metrics: []\n"
+    )
+    arguments = read_arguments(MntpArguments, path)
+    assert arguments.save_strategy == "no"
+    assert arguments.text_column == "3"
+    assert arguments.line_by_line is True
+    assert isinstance(arguments.learning_rate, float)
+    assert arguments.lora_target_modules == ["q_proj"]
+    assert arguments.lora_alpha is None
+    assert arguments.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert arguments.include_for_metrics == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("max_seq_length: 0", "max_seq_length=0 is not positive"),
+        ("token_budget: 0", "token_budget=0 is not positive"),
+        ("model_dtype: half", "model_dtype=half is unknown"),
+        ("retroactive_labels: both", "retroactive_labels=both is unknown: choose one of same_token, next_token"),
+        ("classifier_dropout: 1", "classifier_dropout=1.0 is not a share"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size=0 is not positive"),
+        ("train_file: ''", "train_file is not given"),
+        ("peft_model_name_or_path: [a, b]", "has peft_model_name_or_path with an invalid str value"),
+        ("word_colum: 1", "has an unknown key 'word_colum': did you mean word_column?"),
+    ],
+)
+def test_wrong_word_level_settings_are_refused_in_one_sentence(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(NEEDED + line + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        read_arguments(WordLevelArguments, path)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_adapter_of_a_configuration_can_be_left_out() -> None:
     options = ["--train_file", "a.txt", "--use_cpu", "True", "--peft_model_name_or_path", ""]
     assert read_arguments(SimcseArguments, "llama-2-7b", options).peft_model_name_or_path == []
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", [*KINDS.values(), WordLevelArguments], ids=[*KINDS, WordLevelArguments.STAGE])
 def test_every_setting_says_what_it_is(kind: type[MntpArguments]) -> None:
     options = own_options(kind)
-    assert len(options) > 20
+    own = {item.name for item in fields(kind)} - {item.name for item in fields(TrainingArguments)}
+    assert len(own) > 10
+    assert own <= {name for name, _, _ in options}
     assert all(len(text) > 10 for _, _, text in options)
 
 
@@ -116,7 +159,16 @@ def test_every_setting_says_what_it_is(kind: type[MntpArguments]) -> None:
         ("token_budget: 0", "token_budget=0 is not positive"),
         ("matryoshka_dims: [0]", r"matryoshka_dims=\[0\] has a number below 1"),
         ("matryoshka_weights: [1]", "matryoshka_weights has 1 numbers and matryoshka_dims 0"),
-        ("matryoshka_dims: [8]\nmatryoshka_weights: [-1]", r"matryoshka_weights=\[-1\] has one that is not positive"),
+        ("matryoshka_dims: [8]\nmatryoshka_weights: [-1]", r"matryoshka_weights=\[-1.0\] has one that is not positive"),
+        (
+            "matryoshka_dims: [8]\nmatryoshka_weights: [.nan]",
+            r"matryoshka_weights=\[nan\] has one that is not positive",
+        ),
+        ("matryoshka_dims: [8.5]", r"matryoshka_dims with an invalid list\[int\] value: \[8.5\]"),
+        ("false_negative_margin: .nan", "false_negative_margin=nan is not a number"),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps=0 is not positive"),
+        ("scale: [1]", r"has scale with an invalid float value: \[1\]"),
+        ("query_instruction:", "has query_instruction with an invalid .* value: None"),
         ("negatives: -1", "negatives=-1 is negative"),
         ("continue_adapter: true", "continue_adapter=True needs an adapter: give peft_model_name_or_path"),
     ],
@@ -141,6 +193,22 @@ def test_wrong_contrastive_settings_are_refused_in_one_sentence(tmp_path: Path, 
         ("learning_rate: fast", "invalid float value: 'fast'"),
         ("max_seq_length: 1", "max_seq_length=1 leaves nothing to predict"),
         ("lora_r: -1", "lora_r=-1 is negative"),
+        ("lora_r: 2.5", "has lora_r with an invalid int value: 2.5"),
+        ("lora_r:", "has lora_r with an invalid int value: None"),
+        ("lora_alpha: 0", "lora_alpha=0 is not positive"),
+        ("lora_target_modules: []", "lora_target_modules is empty"),
+        ("model_dtype: float17", "model_dtype=float17 is unknown: choose one of auto, float32"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size=0 is not positive"),
+        ("per_device_eval_batch_size: -1", "per_device_eval_batch_size=-1 is not positive"),
+        ("max_steps: 0", "max_steps=0 is not positive"),
+        ("max_steps: -1\nnum_train_epochs: 0", "num_train_epochs=0.0 is not positive"),
+        ("learning_rate: -1", "learning_rate=-1.0 is not a rate"),
+        ("seed: -1", "seed=-1 is not a seed"),
+        ("train_file: {a: b}", "has train_file with an invalid .* value: {'a': 'b'}"),
+        ("line_by_line: perhaps", "has line_by_line with an invalid bool value: 'perhaps'"),
+        ("optim: sgdx", "sgdx is not a valid OptimizerNames"),
+        ("warmup_steps: -4", "Got warmup_steps = -4"),
+        ("3: 4", "has an unknown key '3'"),
         ("a: [", "is not valid YAML"),
     ],
 )
