@@ -8,6 +8,7 @@ from torch.nn.functional import normalize as _unit_length
 
 from ..dispatch import choose_for
 from ..layout import SequenceLayout
+from .blocked import pool_forward
 from .operator import pool_operator
 from .reference import pool_reference
 
@@ -65,6 +66,9 @@ def pool(
     choice = choose_for("pool", backend, hidden, backends).backend
     if choice == "reference":
         pooled = pool_reference(hidden, layout, mode, skip)
+    elif choice == "blocked" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Without a gradient to prepare for, an operator would only add to the cost of the call.
+        pooled = pool_forward(hidden, layout.starts, layout.lengths, skip, mode)
     else:
         padded = layout.padded_shape is not None
         pooled = pool_operator(hidden, layout.starts, layout.lengths, skip, mode, padded, choice == "triton")

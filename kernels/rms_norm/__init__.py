@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_for
-from .blocked import rms_norm_forward
+from .blocked import rms_norm_in_use
 from .operator import add_rms_norm_operator, rms_norm_operator
 from .reference import rms_norm_reference
 
@@ -35,8 +35,9 @@ def rms_norm(
         eps: added to the mean square.
         residual: in x's shape and dtype: added to x first.
         offset: 1.0 for Gemma, whose weights are stored as their distance from one.
-        backend: "auto", "reference", "blocked" or "triton" (rows of up to 32 KiB: 16,384 columns
-            of 16 bits).
+        backend: "auto", "reference", "blocked" or "triton" (rows of up to 32 KiB: 16,384 columns of 16 bits). Without
+            a gradient, "blocked" hands a batch of one block (262,144 elements) or less to PyTorch's own rms_norm,
+            eager as it is: blocks pay from two on.
 
     Returns:
         (…, d) in x's dtype; with a residual that, and the sum x + residual.
@@ -56,25 +57,19 @@ def rms_norm(
     refused = _refused(x)
     backends = ("reference", "blocked") if refused else ("reference", "blocked", "triton")
     choice = choose_for("rms_norm", backend, x, backends, refused=refused).backend
-    if choice == "reference":
-        total = x if residual is None else x + residual
-        out = rms_norm_reference(total, weight, eps, offset)
-        return out if residual is None else (out, total)
-    rows = x.reshape(-1, x.shape[-1])
     # Without a gradient to prepare for, an operator would only add to the cost of the call.
     direct = choice == "blocked" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if direct or choice == "reference":
+        norm = rms_norm_in_use if direct else rms_norm_reference
+        total = x if residual is None else x + residual
+        out = norm(total, weight, eps, offset)
+        return out if residual is None else (out, total)
+    rows = x.reshape(-1, x.shape[-1])
     if residual is not None:
         flat = residual.reshape(rows.shape)
-        if direct:
-            total = rows + flat
-            out, _ = rms_norm_forward(total, weight, eps, offset)
-        else:
-            out, total, _ = add_rms_norm_operator(rows, flat, weight, eps, offset, choice == "triton")
+        out, total, _ = add_rms_norm_operator(rows, flat, weight, eps, offset, choice == "triton")
         return out.view(x.shape), total.view(x.shape)
-    if direct:
-        out, _ = rms_norm_forward(rows, weight, eps, offset)
-    else:
-        out, _ = rms_norm_operator(rows, weight, eps, offset, choice == "triton")
+    out, _ = rms_norm_operator(rows, weight, eps, offset, choice == "triton")
     return out.view(x.shape)
 
 

@@ -8,11 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Elements a block: a level-2 cache in float32. On 2 Zen 5 cores, 2,048 rows of 576 in bfloat16 took 0.38 ms so forward,
 # 0.42 ms by half of it, 0.65 ms by twice as many.
 BLOCK_ELEMENTS = 256 * 1024
+
+
+def rms_norm_in_use(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """x (…, d), weight (d,) → normed (…, d), with no gradient to prepare for.
+
+    What fits one block goes to PyTorch's own operation, whose calls cost less: on 2 Zen 5 cores, 16,384 elements of
+    float32 took 14 µs there and 20 µs here, 262,144 of them 53 µs and 51 µs, and twice as many 102 µs and 87 µs.
+    """
+    if x.numel() > BLOCK_ELEMENTS:
+        return rms_norm_forward(x.reshape(-1, x.shape[-1]), weight, eps, offset)[0].view(x.shape)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), weight.shape, _factor(weight, offset, wide), eps).to(x.dtype)
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,15 @@ def test_ten_thousand_sequences(mode):
     assert_error_within(pool(hidden, layout, mode, skip), pool(hidden, layout, mode, skip, backend="reference"), exact)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_without_a_gradient_the_bits_are_the_same(lengths, mode):
+    hidden, layout, skip = packed(lengths, 40, torch.bfloat16)
+    with torch.no_grad():
+        out = pool(hidden, layout, mode, skip)
+    assert torch.equal(out, pool(hidden.requires_grad_(), layout, mode, skip))
+
+
 @pytest.mark.parametrize("mode", ["mean", "last"])
 def test_many_wide_sequences_on_triton(mode):
     hidden, layout, skip = packed(MANY[:80], 300, torch.float16)

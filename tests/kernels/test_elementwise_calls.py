@@ -1,0 +1,114 @@
+"""What the element-wise operations call on a CPU, and what they keep: the rules by which they pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from elementwise_cases import BLOCKED_DTYPES, assert_as_exact, without_gradients
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from llm2vec_fast.kernels import SequenceLayout, pool, rms_norm, rotary, swiglu
+from llm2vec_fast.kernels.rms_norm import blocked as rms_norm_blocked
+from llm2vec_fast.kernels.swiglu import ACTIVATIONS
+from llm2vec_fast.kernels.swiglu import blocked as swiglu_blocked
+
+ROWS, WIDTH = 6, 16
+MOST_ROWS = rms_norm_blocked.BLOCK_ELEMENTS // WIDTH
+EPS = 1e-6
+LAYOUT = SequenceLayout.from_lengths([ROWS - 2, 2])
+CALLS: dict[str, Callable[[Tensor], object]] = {
+    "rms_norm": lambda x: rms_norm(x, torch.ones(WIDTH), EPS),
+    "add and rms_norm": lambda x: rms_norm(x, torch.ones(WIDTH), EPS, torch.ones_like(x)),
+    "rotary": lambda x: rotary(x[None, None], x[None, None], *torch.ones(2, 1, ROWS, WIDTH)),
+    "silu": lambda x: swiglu(x, x),
+    "gelu_tanh": lambda x: swiglu(x, x, "gelu_tanh"),
+    "pool": lambda x: pool(x, LAYOUT),
+}
+
+
+def called(run: Callable[[], object]) -> set[str]:
+    """Names of the operators that ran, those inside others too."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return {event.key for event in profiler.key_averages()}
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_without_a_gradient_no_operator_of_ours_adds_to_the_cost_of_a_call(name) -> None:
+    x = random(ROWS, WIDTH)
+    with torch.no_grad():
+        assert not any(operator.startswith("llm2vec_fast") for operator in called(lambda: CALLS[name](x)))
+    x.requires_grad_()
+    assert any(operator.startswith("llm2vec_fast") for operator in called(lambda: CALLS[name](x)))
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["norm", "add-norm"])
+@pytest.mark.parametrize(("rows", "own"), [(1, True), (MOST_ROWS, True), (MOST_ROWS + 1, False)])
+def test_rows_of_one_block_go_to_pytorchs_own_norm_and_more_in_blocks(rows, own, with_residual) -> None:
+    x = random(rows, WIDTH)
+    residual = x if with_residual else None
+    with torch.no_grad():
+        names = called(lambda: rms_norm(x, torch.ones(WIDTH), EPS, residual))
+    assert ("aten::rms_norm" in names) == own
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", BLOCKED_DTYPES, ids=str)
+def test_a_norm_in_several_blocks_is_as_exact(dtype, offset, monkeypatch) -> None:
+    monkeypatch.setattr(rms_norm_blocked, "BLOCK_ELEMENTS", 100)
+    tensors = random(21, 33).to(dtype), random(33).to(dtype)
+
+    def norm(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+        return rms_norm(x, weight, EPS, offset=offset, backend=backend)
+
+    without_gradients(norm, tensors, "blocked")
+    assert_as_exact(norm, tensors, "blocked")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", BLOCKED_DTYPES, ids=str)
+def test_a_gate_in_several_blocks_is_as_exact(dtype, activation, monkeypatch) -> None:
+    monkeypatch.setattr(swiglu_blocked, "BLOCK_ELEMENTS", 100)
+    both = random(3, 7, 66).to(dtype)
+
+    def gated(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+        return swiglu(gate, up, activation, backend=backend)
+
+    for tensors in (both.chunk(2, dim=-1), both.transpose(0, 1).chunk(2, dim=-1)):
+        without_gradients(gated, tensors, "blocked")
+        assert_as_exact(gated, tensors, "blocked")
+
+
+def test_gelu_takes_one_sigmoid_and_no_tanh() -> None:
+    gate, up = (random(ROWS, WIDTH).bfloat16().requires_grad_() for _ in range(2))
+
+    def step() -> None:
+        swiglu(gate, up, "gelu_tanh", backend="blocked").sum().backward()
+
+    names = called(step)
+    assert not any(name.startswith(("aten::gelu", "aten::tanh")) for name in names), names
+    assert "aten::sigmoid" in names
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_gradient_keeps_nothing_of_the_inputs_size_that_the_model_does_not_hold_anyway(name) -> None:
+    x = random(ROWS, WIDTH).requires_grad_()
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = CALLS[name](x)
+    held = {tensor.untyped_storage().data_ptr() for tensor in (x, *(out if isinstance(out, tuple) else (out,)))}
+    extra = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in held]
+    allowed = 2 if name == "rotary" else 0  # cosines and sines, which every layer shares
+    assert sum(tensor.numel() >= x.numel() for tensor in extra) == allowed
