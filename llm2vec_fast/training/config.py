@@ -70,8 +70,10 @@ def own_options(kind: type[StageArguments]) -> list[tuple[str, str, str]]:
 
 def write_arguments(arguments: StageArguments, folder: Path) -> None:
     """Every setting that differs from its default, as a file that `read_arguments` takes."""
+    # transformers 5 mirrors gradient_checkpointing under its new names, and would follow those and no longer the old.
+    items = [item for item in dataclasses.fields(arguments) if not item.name.startswith("activation_checkpointing")]
     chosen = {}
-    for item in dataclasses.fields(arguments):
+    for item in items:
         value = getattr(arguments, item.name)
         if item.init and value != _default_of(item) and isinstance(value, str | int | float | bool | list | dict):
             chosen[item.name] = getattr(value, "value", value)

@@ -38,6 +38,16 @@ def test_what_is_written_beside_the_output_reads_back_the_same(config: Path, tmp
     assert again.to_dict() == arguments.to_dict()
 
 
+@pytest.mark.parametrize("first", ["false", "true"])
+def test_what_is_written_can_be_changed_in_every_setting(config: Path, tmp_path: Path, first: str) -> None:
+    write_arguments(read_arguments(MntpArguments, config, ["--gradient_checkpointing", first]), tmp_path)
+    written = tmp_path / "training_config.yaml"
+    assert read_arguments(MntpArguments, written).gradient_checkpointing is (first == "true")
+    for other in (False, True):
+        again = read_arguments(MntpArguments, written, ["--gradient_checkpointing", str(other)])
+        assert again.gradient_checkpointing is other
+
+
 KINDS = {kind.STAGE: kind for kind in (MntpArguments, SimcseArguments, ContrastiveArguments)}
 MODELS = ["llama-2-7b", "llama-3-8b", "mistral-7b", "sheared-llama-1.3b", "smollm2-135m"]
 
