@@ -88,10 +88,15 @@ class MntpTrainer(StageTrainer):
     """Evaluation adds the accuracy on hidden tokens."""
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of a batch; see transformers' Trainer."""
-        return super().compute_loss(model, filled(inputs), *args, **kwargs)
+        """The loss of a batch; see transformers' Trainer. Where chance hid no token of a step, it is zero."""
+        count = None if num_items_in_batch is None else num_items_in_batch.clamp(min=1)
+        return super().compute_loss(model, filled(inputs), return_outputs, num_items_in_batch=count)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

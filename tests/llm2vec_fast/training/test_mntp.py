@@ -191,6 +191,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_texts(arguments: 
     assert (tmp_path / "out" / "checkpoint-0").is_dir()
 
 
+def test_a_step_that_hides_no_token_is_a_step_without_loss(arguments: Arguments, tmp_path: Path) -> None:
+    """One short text a step: most of them hide nothing."""
+    train_mntp(arguments(per_device_train_batch_size=1, mlm_probability=0.02, save_strategy="no"))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    losses = [line["loss"] for line in history if "loss" in line]
+    assert len(losses) == 4
+    assert 0 in losses
+
+
+@pytest.mark.parametrize("masking", ["default", "all_mask"])
+def test_accumulated_steps_are_one_large_batch(arguments: Arguments, tmp_path: Path, masking: str) -> None:
+    """Parts whose hidden tokens differ in number: only a loss divided by the number of all of them agrees."""
+    options = {"lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1.0, "save_strategy": "no", "max_steps": 3}
+    for name, size, parts in (("one", 8, 1), ("parts", 2, 4)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        train_mntp(arguments(name, data_collator_type=masking, **options, **sizes))
+    one, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "parts"))
+    assert max(float(one[name].abs().max()) for name in one if "lora_B" in name) > 1e-3  # they start at zero
+    for name in one:
+        assert_matches(parts[name].numpy(), one[name].numpy())
+
+
 def test_texts_too_short_to_join_are_refused(arguments: Arguments, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a\n")
     with pytest.raises(UserError, match="no training text is long enough: 24 tokens are needed"):
