@@ -29,22 +29,46 @@ class NonFiniteLossError(UserError):
 class StageTrainer(Trainer):
     """transformers' Trainer, which stops at a loss that is not finite, and whose checkpoints are whole."""
 
+    unit = "sequences"  # what ``rows`` of a batch are the numbers of
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass; ``rows`` names the batch's texts and does not go to the model.
 
         Raises:
-            NonFiniteLossError: a checkpoint of the weights before this step is written first.
+            NonFiniteLossError: in every process, whichever of them has the loss. A checkpoint of the weights before
+                this step is written first, unless there is one or they are not finite themselves.
         """
         rows = inputs.pop(ROWS, None)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            self._save_checkpoint(model, trial=None)
-            texts = "" if rows is None else f" on the sequences {', '.join(map(str, rows.tolist()))}"
+        if not self._everywhere(bool(torch.isfinite(loss))):
+            kept = self._kept(model)
+            own = "" if rows is None else f" on the {self.unit} {', '.join(map(str, rows.tolist()))}"
+            place = own if not torch.isfinite(loss) else " here and is not finite in another process"
             raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}{texts}: lower learning_rate="
-                f"{self.args.learning_rate} or leave these out; the weights from before this step are saved"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}{place}: lower learning_rate="
+                f"{self.args.learning_rate} or leave these out; {kept}"
             )
         return loss
+
+    def _kept(self, model: nn.Module) -> str:
+        """Save the weights where that is of use; what the same command will go on from."""
+        folder = self._checkpoint_folder()
+        there = last_checkpoint(folder.parent) == str(folder)
+        weights = (x for x in model.parameters() if x.requires_grad)
+        if not self._everywhere(all(bool(torch.isfinite(x.detach()).all()) for x in weights)):
+            before = last_checkpoint(folder.parent)
+            kept = f"{Path(before).name} is the last good checkpoint" if before else "there is no earlier checkpoint"
+            return f"the weights before this step are not finite either and are not saved, {kept}"
+        if not there:
+            self._save_checkpoint(model, trial=None)
+        return "the weights from before this step are saved"
+
+    def _everywhere(self, here: bool) -> bool:
+        """Whether it is so in every process; one that stopped alone would leave the others waiting or training on."""
+        return bool(self.accelerator.gather(torch.tensor([int(here)], device=self.args.device)).min())
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """A line of the log, with the memory that training took so far."""
@@ -52,8 +76,7 @@ class StageTrainer(Trainer):
         super().log({**logs, **memory}, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with whole_or_gone(folder):
+        with whole_or_gone(self._checkpoint_folder()):
             super()._save_checkpoint(model, trial)
 
 

@@ -21,7 +21,7 @@ from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.checkpoints import last_checkpoint, told_if_unwritable
 from llm2vec_fast.training.config import write_arguments
-from llm2vec_fast.training.run import StageTrainer
+from llm2vec_fast.training.run import ROWS, StageTrainer
 
 from .arguments import LABEL_FROM, WordLevelArguments
 from .classifier import Head, save_head
@@ -93,11 +93,13 @@ class Words(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = self.kept[np.asarray(indices)]
         features = torch.from_numpy(self._features[rows].astype(np.float32))
-        return {"features": features, "labels": torch.from_numpy(self._labels[rows])}
+        return {"features": features, "labels": torch.from_numpy(self._labels[rows]), ROWS: torch.from_numpy(rows)}
 
 
 class WordLevelTrainer(StageTrainer):
     """Predicts the numbers of labels instead of their scores."""
+
+    unit = "words"
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from reference_data import ARCHITECTURES, FOLDER, assert_matches
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm2vec_fast import LLM2Vec, make_bidirectional
@@ -20,7 +21,7 @@ from llm2vec_fast.errors import UserError
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
-from llm2vec_fast.training.mntp import MntpCollator, train_mntp
+from llm2vec_fast.training.mntp import MntpCollator, MntpTrainer, train_mntp
 from llm2vec_fast.training.models import load_model
 from llm2vec_fast.training.packing import filled
 from llm2vec_fast.training.run import NonFiniteLossError
@@ -189,6 +190,56 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_texts(arguments: 
     with pytest.raises(NonFiniteLossError, match=r"the loss is nan at step 1 on the sequences \d+, \d+.*learning_rate"):
         train_mntp(arguments(model_name_or_path=str(tmp_path / "broken")))
     assert (tmp_path / "out" / "checkpoint-0").is_dir()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One beyond the weights leaves the checkpoint of this step as it is; one of broken weights writes none of them."""
+
+    def fails(trainer: MntpTrainer, model: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        loss = compute(trainer, model, *args, **kwargs)
+        if trainer.state.global_step < 3 - (breaking == "loss"):
+            return loss
+        if breaking == "weights":
+            next(x for x in model.parameters() if x.requires_grad).data.fill_(float("nan"))
+        return loss * float("nan")
+
+    compute = MntpTrainer.compute_loss
+    monkeypatch.setattr(MntpTrainer, "compute_loss", fails)
+    for breaking, message in (
+        ("loss", "nan at step 3 on the sequences .* the weights from before this step are saved"),
+        ("weights", "nan at step 4 on the sequences .* not saved, checkpoint-2 is the last good checkpoint"),
+    ):
+        with pytest.raises(NonFiniteLossError, match=message):
+            train_mntp(arguments(breaking, save_total_limit=1))
+        assert [path.name for path in (tmp_path / breaking).glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_every_process_stops_where_one_has_a_loss_that_is_not_finite(
+    settings: Settings, launch: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """The second process has a text that breaks the loss: the first must neither wait nor save what became of it."""
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "llama", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
+    model.model.embed_tokens.weight.data[tokenizer.convert_tokens_to_ids("z")] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    (tmp_path / "texts.txt").write_text("the cat sat\n" * 15 + "z z z z z z\n")
+    options = settings(
+        model_name_or_path=str(tmp_path / "broken"), train_file=str(tmp_path / "texts.txt"), mask_token_type="eos",
+        line_by_line=True, per_device_train_batch_size=1, max_steps=8, mlm_probability=0.5, save_steps=100,
+        seed=0,
+    )  # fmt: skip
+    process = launch("mntp", options, processes=2)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "the loss is nan at step" in errors
+    assert "is not finite in another process" in errors
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    assert all(bool(x.isfinite().all()) for x in weights.values())
 
 
 def test_a_step_that_hides_no_token_is_a_step_without_loss(arguments: Arguments, tmp_path: Path) -> None:
