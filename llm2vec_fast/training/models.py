@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from llm2vec_fast.acceleration import accelerate
 from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.bidirectional import make_bidirectional
+from llm2vec_fast.errors import UserError
 from llm2vec_fast.loading import base_of, best_device, is_adapter, load, merged, put_on
 from llm2vec_fast.precision import choose_dtype
 from llm2vec_fast.training.adapters import Update, update_of
@@ -44,7 +45,7 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
 
     Raises:
         ModelLoadError: the model or an adapter is missing, damaged, or made for another base.
-        UserError: an adapter is of a kind that cannot be joined with a new one.
+        UserError: an adapter is of a kind that cannot be joined with a new one, or the model has no layer to adapt.
     """
     set_seed(arguments.seed)  # the adapter's first weights are random
     dtype = choose_dtype(arguments.model_dtype, best_device() if not arguments.use_cpu else torch.device("cpu")).dtype
@@ -62,11 +63,21 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
     if continued is not None:
         model = _trained_on(model, continued, arguments.lora_dropout)
     elif arguments.lora_r:
-        model = get_peft_model(model, lora_config(arguments))
+        model = _adapted(model, arguments)
     if arguments.lora_r and arguments.gradient_checkpointing:
         model.enable_input_require_grads()
     accelerate(model)
     return StageModel(model, loaded.tokenizer, loaded.checkpoint, updates)
+
+
+def _adapted(model: nn.Module, arguments: StageArguments) -> PeftModel:
+    try:
+        return get_peft_model(model, lora_config(arguments))
+    except ValueError as error:  # peft names the layers that are not there
+        raise UserError(
+            f"lora_target_modules={' '.join(arguments.lora_target_modules)} does not fit {type(model).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def lora_config(arguments: StageArguments) -> LoraConfig:

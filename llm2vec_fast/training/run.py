@@ -72,8 +72,16 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """A line of the log, with the memory that training took so far."""
-        memory = {"peak_memory_mib": round(peak_bytes(self.args.device) / 2**20)} if "loss" in logs else {}
-        super().log({**logs, **memory}, *args, **kwargs)
+        super().log({**logs, **(self._memory() if "loss" in logs else {})}, *args, **kwargs)
+
+    def save_training_metrics(self, metrics: dict[str, float]) -> None:
+        """What training came to, with the speed of the last line of the log and the peak of memory."""
+        last = next((line for line in reversed(self.state.log_history) if "loss" in line), {})
+        speed = {name: value for name, value in last.items() if name.endswith("_per_second")}
+        self.save_metrics("train", {**metrics, **speed, **self._memory()})
+
+    def _memory(self) -> dict[str, float]:
+        return {"peak_memory_mib": round(peak_bytes(self.args.device) / 2**20)}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with whole_or_gone(self._checkpoint_folder()):
@@ -93,7 +101,7 @@ def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> 
             write_arguments(arguments, folder)
         last = arguments.resume_from_checkpoint or last_checkpoint(folder)
         result = trainer.train(resume_from_checkpoint=last)
-        trainer.save_metrics("train", result.metrics)
+        trainer.save_training_metrics(result.metrics)
         trainer.save_state()
         if arguments.validation_file:
             trainer.save_metrics("eval", trainer.evaluate())

@@ -6,6 +6,7 @@ The encoder is frozen, so its outputs are computed once, and not in every epoch;
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _train(arguments: WordLevelArguments) -> TrainOutput:
     if trainer.is_world_process_zero():
         write_arguments(arguments, folder)
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint or last_checkpoint(folder))
-    trainer.save_metrics("train", result.metrics)
+    trainer.save_training_metrics(result.metrics)
     for name in ("validation", "test"):
         if name in words:
             trainer.save_metrics(name, trainer.scores(words[name], sentences[name], labels, name))
@@ -100,6 +101,18 @@ class WordLevelTrainer(StageTrainer):
     """Predicts the numbers of labels instead of their scores."""
 
     unit = "words"
+    _seen = 0  # words, by all processes since this run began
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass; see `StageTrainer`."""
+        self._seen += len(inputs["labels"]) * self.args.world_size
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None, **kwargs: Any) -> None:
+        """A line of the log, with the words trained on a second."""
+        if "loss" in logs and start_time is not None:
+            logs = {**logs, "train_words_per_second": round(self._seen / (time.time() - start_time), 3)}
+        super().log(logs, start_time, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None

@@ -121,6 +121,9 @@ def test_training_lowers_the_loss_and_shows_speed_and_memory(settings: Settings,
     lines = [line for line in history if "loss" in line]
     assert np.mean([line["loss"] for line in lines[-3:]]) < np.mean([line["loss"] for line in lines[:3]])
     assert all(line["train_tokens_per_second"] > 0 and line["peak_memory_mib"] > 0 for line in lines)
+    whole = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    assert whole["train_tokens_per_second"] == lines[-1]["train_tokens_per_second"]
+    assert whole["peak_memory_mib"] >= lines[-1]["peak_memory_mib"]
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] > 0
     assert json.loads((tmp_path / "out" / "llm2vec_config.json").read_text())["pooling_mode"] == "mean"
 
@@ -220,6 +223,7 @@ def test_equal_texts_are_one_thing() -> None:
         ),
         ({"train_file": ["{tmp}/other.jsonl"]}, "the training files have no column 'text': there are words"),
         ({"train_file": ["{tmp}/empty.txt"]}, "the training files have no text in their column 'text'"),
+        ({"lora_target_modules": ["q_projj"]}, "lora_target_modules=q_projj does not fit LlamaModel"),
         ({"matryoshka_dims": [16, 128]}, "matryoshka_dims has 128 and the model has 64 dimensions"),
     ],
 )

@@ -116,6 +116,9 @@ def test_a_head_learns_is_scored_and_labels_words(
     train_word_level(arguments(test_file=[columns], max_steps=100, learning_rate=0.1, save_strategy="no"))
     scores = json.loads((tmp_path / "out" / "test_results.json").read_text())
     assert scores["test_words_cut"] == 0
+    run = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    assert run["train_words_per_second"] > 0
+    assert run["peak_memory_mib"] > 0
     assert not (tmp_path / "out" / "features").exists()
     sentences = read_sentences([columns], "0", "-1")
     labels = [sentence.labels for sentence in sentences]
