@@ -265,7 +265,7 @@ def summarise(stage: str, found: dict) -> list[dict[str, str]]:
                 "time, × ours": f"{ratio:.2f}",
                 "memory above the weights": f"{row['above_weights_mib']:.0f} MiB",
                 "× ours": f"{row['above_weights_mib'] / first['above_weights_mib']:.2f}",
-                f"loss after {len(row['losses'])} steps": f"{statistics.mean(row['losses'][-5:]):.3f}",
+                f"loss, last 5 of {len(row['losses'])} steps": f"{statistics.mean(row['losses'][-5:]):.3f}",
                 "apart from ours, median (most)": f"{np.median(apart):.4f} ({apart.max():.4f})",
             }
         )
@@ -280,26 +280,36 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     given = parser.parse_args()
     folder = str(smollm2.fetch())
-    found = {}
     for stage in given.stage:
-        found[stage] = measure(folder, stage, given.steps, given.rounds)
-        tables = [markdown_table(summarise(stage, some)) for stage, some in found.items()]
-        print(tables[-1], flush=True)
+        found = measure(folder, stage, given.steps, given.rounds)
+        print(markdown_table(summarise(stage, found)), flush=True)
         if not given.dry:  # after each stage: nothing measured is lost
-            publish(found, tables, given.steps, given.rounds)
+            publish(stage, {"machine": machine(), "steps": given.steps, "rounds": given.rounds, **found})
 
 
-def publish(found: dict[str, dict], tables: list[str], steps: int, rounds: int) -> None:
-    """Write the JSON file and the page's rows."""
-    about = machine()
-    write_json(RESULTS, {"machine": about, "stages": found})
-    note = (
+def publish(stage: str, found: dict) -> None:
+    """Write the JSON file and the page's rows; stages that were measured in another run stay as they are."""
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    stages = {name: some for name in STAGES if (some := {**before, stage: found}.get(name))}
+    write_json(RESULTS, stages)
+    update_readme("train", "\n\n".join([_about(), *(_section(name, some) for name, some in stages.items())]))
+
+
+def _about() -> str:
+    return (
         f"SmolLM2-135M, LoRA r = {RANK}. MNTP: {MNTP_BATCH} sequences of {MNTP_LENGTH} tokens; SimCSE: {SIMCSE_BATCH} "
-        f"sentences, each twice, of their own lengths. Medians of {rounds} steps; losses of {steps} steps on a "
-        f"quarter of such a batch. {about['processor']}, {about['cores']} cores; torch {about['torch']}, transformers "
-        f"{about['transformers']}; {about['date']}."
+        "sentences, each twice, of their own lengths."
     )
-    update_readme("train", "\n\n".join([note, *tables]))
+
+
+def _section(stage: str, found: dict) -> str:
+    about = found["machine"]
+    note = (
+        f"Medians of {found['rounds']} steps; losses of {found['steps']} steps on a quarter of such a batch. "
+        f"{about['processor']}, {about['cores']} cores; torch {about['torch']}, transformers {about['transformers']}; "
+        f"{about['date']}."
+    )
+    return f"{markdown_table(summarise(stage, found))}\n\n{note}"
 
 
 if __name__ == "__main__":
