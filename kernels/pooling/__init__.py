@@ -9,7 +9,7 @@ from torch.nn.functional import normalize as _unit_length
 from ..dispatch import choose_for
 from ..layout import SequenceLayout
 from .blocked import pool_forward
-from .operator import pool_operator
+from .operator import pool_direct, pool_operator
 from .reference import pool_reference
 
 __all__ = ["POOLING_MODES", "pool"]
@@ -64,12 +64,13 @@ def pool(
     mode = POOLING_MODES[mode]
     backends = ("reference", "blocked", "triton") if hidden.dtype != torch.float64 else ("reference", "blocked")
     choice = choose_for("pool", backend, hidden, backends).backend
+    compiling = torch.compiler.is_compiling()
     if choice == "reference":
         pooled = pool_reference(hidden, layout, mode, skip)
-    elif choice == "blocked" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # Without a gradient to prepare for, an operator would only add to the cost of the call.
+    elif choice == "blocked" and not torch.is_grad_enabled() and not compiling:
         pooled = pool_forward(hidden, layout.starts, layout.lengths, skip, mode)
     else:
         padded = layout.padded_shape is not None
-        pooled = pool_operator(hidden, layout.starts, layout.lengths, skip, mode, padded, choice == "triton")
+        run = pool_operator if compiling else pool_direct
+        pooled = run(hidden, layout.starts, layout.lengths, skip, mode, padded, choice == "triton")
     return _unit_length(pooled, dim=-1) if normalize else pooled

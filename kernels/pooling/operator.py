@@ -1,18 +1,21 @@
-"""Pooling as PyTorch operators: whole to torch.compile, differentiable, with shapes known beforehand.
+"""Pooling for autograd, and as PyTorch operators: whole to torch.compile, with shapes known beforehand.
 
 ``triton`` picks the kernels, else the blocked implementation runs; ``padded``: there are rows of no sequence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..direct import direct
 
-@torch.library.custom_op("llm2vec_fast::pool", mutates_args=())
-def pool_operator(
+
+def _pool(
     hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor | None, mode: str, padded: bool, triton: bool
 ) -> Tensor:
     """hidden (T, d) → (N, d), float32 or wider."""
@@ -23,8 +26,7 @@ def pool_operator(
     return pool_forward(hidden, starts, lengths, skip, mode)
 
 
-@torch.library.custom_op("llm2vec_fast::pool_backward", mutates_args=())
-def pool_backward_operator(
+def _gradient(
     grad: Tensor,
     total: int,
     starts: Tensor,
@@ -41,6 +43,10 @@ def pool_backward_operator(
     else:
         from .blocked import pool_backward
     return pool_backward(grad, total, starts, lengths, skip, mode, dtype, padded)
+
+
+pool_operator = torch.library.custom_op("llm2vec_fast::pool", _pool, mutates_args=())
+pool_backward_operator = torch.library.custom_op("llm2vec_fast::pool_backward", _gradient, mutates_args=())
 
 
 @pool_operator.register_fake
@@ -60,11 +66,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.total, ctx.dtype = hidden.shape[0], hidden.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_hidden = pool_backward_operator(
-        grad, ctx.total, *ctx.saved_tensors, ctx.mode, ctx.dtype, ctx.padded, ctx.triton
-    )
+def _backward(gradient: Callable[..., Tensor], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_hidden = gradient(grad, ctx.total, *ctx.saved_tensors, ctx.mode, ctx.dtype, ctx.padded, ctx.triton)
     return grad_hidden, None, None, None, None, None, None
 
 
-pool_operator.register_autograd(_backward, setup_context=_setup_context)
+pool_operator.register_autograd(partial(_backward, pool_backward_operator), setup_context=_setup_context)
+pool_direct = direct(_pool, _setup_context, partial(_backward, _gradient))

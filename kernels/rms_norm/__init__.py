@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..dispatch import choose_for
 from .blocked import rms_norm_in_use
-from .operator import add_rms_norm_operator, rms_norm_operator
+from .operator import add_rms_norm_direct, add_rms_norm_operator, rms_norm_direct, rms_norm_operator
 from .reference import rms_norm_reference
 
 __all__ = ["rms_norm"]
@@ -57,19 +57,21 @@ def rms_norm(
     refused = _refused(x)
     backends = ("reference", "blocked") if refused else ("reference", "blocked", "triton")
     choice = choose_for("rms_norm", backend, x, backends, refused=refused).backend
-    # Without a gradient to prepare for, an operator would only add to the cost of the call.
-    direct = choice == "blocked" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if direct or choice == "reference":
-        norm = rms_norm_in_use if direct else rms_norm_reference
+    compiling = torch.compiler.is_compiling()
+    in_use = choice == "blocked" and not torch.is_grad_enabled() and not compiling
+    if in_use or choice == "reference":
+        norm = rms_norm_in_use if in_use else rms_norm_reference
         total = x if residual is None else x + residual
         out = norm(total, weight, eps, offset)
         return out if residual is None else (out, total)
     rows = x.reshape(-1, x.shape[-1])
     if residual is not None:
         flat = residual.reshape(rows.shape)
-        out, total, _ = add_rms_norm_operator(rows, flat, weight, eps, offset, choice == "triton")
+        run = add_rms_norm_operator if compiling else add_rms_norm_direct
+        out, total, _ = run(rows, flat, weight, eps, offset, choice == "triton")
         return out.view(x.shape), total.view(x.shape)
-    out, _ = rms_norm_operator(rows, weight, eps, offset, choice == "triton")
+    run = rms_norm_operator if compiling else rms_norm_direct
+    out, _ = run(rows, weight, eps, offset, choice == "triton")
     return out.view(x.shape)
 
 

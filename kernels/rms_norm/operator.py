@@ -1,20 +1,22 @@
-"""RMSNorm as PyTorch operators: whole to torch.compile, differentiable, with shapes known beforehand.
+"""RMSNorm for autograd, and as PyTorch operators: whole to torch.compile, with shapes known beforehand.
 
 Tensors are rows (R, d); ``triton`` picks the kernels, else the blocked implementation runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..direct import direct
 from . import blocked
 
 
-@torch.library.custom_op("llm2vec_fast::rms_norm", mutates_args=())
-def rms_norm_operator(x: Tensor, weight: Tensor, eps: float, offset: float, triton: bool) -> tuple[Tensor, Tensor]:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, triton: bool) -> tuple[Tensor, Tensor]:
     """Normed rows (R, d), and the scale of each row (R,), which is not differentiable."""
     if not triton:
         return blocked.rms_norm_forward(x, weight, eps, offset)
@@ -24,8 +26,7 @@ def rms_norm_operator(x: Tensor, weight: Tensor, eps: float, offset: float, trit
     return out, scales
 
 
-@torch.library.custom_op("llm2vec_fast::add_rms_norm", mutates_args=())
-def add_rms_norm_operator(
+def _add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normed rows of x + residual, that sum, and the scale of each row."""
@@ -38,8 +39,7 @@ def add_rms_norm_operator(
     return rms_norm_forward(x, residual, weight, eps, offset)
 
 
-@torch.library.custom_op("llm2vec_fast::rms_norm_backward", mutates_args=())
-def rms_norm_backward_operator(
+def _gradients(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
@@ -55,6 +55,11 @@ def rms_norm_backward_operator(
     else:
         from .blocked import rms_norm_backward
     return rms_norm_backward(grad, grad_total, x, weight, scales, offset, weight_gradient)
+
+
+rms_norm_operator = torch.library.custom_op("llm2vec_fast::rms_norm", _rms_norm, mutates_args=())
+add_rms_norm_operator = torch.library.custom_op("llm2vec_fast::add_rms_norm", _add_rms_norm, mutates_args=())
+rms_norm_backward_operator = torch.library.custom_op("llm2vec_fast::rms_norm_backward", _gradients, mutates_args=())
 
 
 @rms_norm_operator.register_fake
@@ -82,9 +87,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, weight, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_x, grad_weight = _gradients(ctx, grad, None, ctx.needs_input_grad[1])
-    return grad_x, grad_weight, None, None, None
+def _backward(gradients: Callable[..., Any], ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    weight_gradient = ctx.needs_input_grad[1]
+    grad_x, grad_weight = gradients(grad, None, *ctx.saved_tensors, ctx.offset, weight_gradient, ctx.triton)
+    return grad_x, grad_weight if weight_gradient else None, None, None, None
 
 
 def _setup_add_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -94,19 +100,17 @@ def _setup_add_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(total, weight, scales)
 
 
-def _add_backward(ctx: Any, grad: Tensor, grad_total: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_x, grad_weight = _gradients(ctx, grad, grad_total, ctx.needs_input_grad[2])
-    return grad_x, grad_x, grad_weight, None, None, None
+def _add_backward(
+    gradients: Callable[..., Any], ctx: Any, grad: Tensor, grad_total: Tensor, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    weight_gradient = ctx.needs_input_grad[2]
+    grad_x, grad_weight = gradients(grad, grad_total, *ctx.saved_tensors, ctx.offset, weight_gradient, ctx.triton)
+    return grad_x, grad_x, grad_weight if weight_gradient else None, None, None, None
 
 
-def _gradients(
-    ctx: Any, grad: Tensor, grad_total: Tensor | None, weight_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    grad_x, grad_weight = rms_norm_backward_operator(
-        grad, grad_total, *ctx.saved_tensors, ctx.offset, weight_gradient, ctx.triton
-    )
-    return grad_x, grad_weight if weight_gradient else None
-
-
-rms_norm_operator.register_autograd(_backward, setup_context=_setup_context)
-add_rms_norm_operator.register_autograd(_add_backward, setup_context=_setup_add_context)
+rms_norm_operator.register_autograd(partial(_backward, rms_norm_backward_operator), setup_context=_setup_context)
+add_rms_norm_operator.register_autograd(
+    partial(_add_backward, rms_norm_backward_operator), setup_context=_setup_add_context
+)
+rms_norm_direct = direct(_rms_norm, _setup_context, partial(_backward, _gradients))
+add_rms_norm_direct = direct(_add_rms_norm, _setup_add_context, partial(_add_backward, _gradients))

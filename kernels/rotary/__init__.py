@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..dispatch import choose_for
 from .blocked import rotate_blocked
-from .operator import rotary_operator
+from .operator import rotary_direct, rotary_operator
 from .reference import rotate_reference
 
 __all__ = ["rotary"]
@@ -52,10 +52,12 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> tup
     if choice == "reference":
         cos, sin = cos[:, None], sin[:, None]
         return rotate_reference(q, cos, sin), rotate_reference(k, cos, sin)
-    if choice == "blocked" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        cos, sin = cos[:, None], sin[:, None]  # an operator would only add to the cost of the call
+    compiling = torch.compiler.is_compiling()
+    if choice == "blocked" and not torch.is_grad_enabled() and not compiling:
+        cos, sin = cos[:, None], sin[:, None]
         return rotate_blocked(q, cos, sin), rotate_blocked(k, cos, sin)
-    return rotary_operator(q, k, cos, sin, False, choice == "triton")
+    run = rotary_operator if compiling else rotary_direct
+    return run(q, k, cos, sin, False, choice == "triton")
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..dispatch import choose_for
 from .blocked import swiglu_forward
-from .operator import swiglu_operator
+from .operator import swiglu_direct, swiglu_operator
 from .reference import ACTIVATIONS, swiglu_reference
 
 __all__ = ["ACTIVATIONS", "swiglu"]
@@ -43,7 +43,9 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str =
     choice = choose_for("swiglu", backend, gate, backends).backend
     if choice == "reference":
         return swiglu_reference(gate, up, activation)
-    if choice == "blocked" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return swiglu_forward(gate, up, activation)  # an operator would only add to the cost of the call
+    compiling = torch.compiler.is_compiling()
+    if choice == "blocked" and not torch.is_grad_enabled() and not compiling:
+        return swiglu_forward(gate, up, activation)
     rows = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-    return swiglu_operator(*rows, activation, choice == "triton").view(gate.shape)
+    run = swiglu_operator if compiling else swiglu_direct
+    return run(*rows, activation, choice == "triton").view(gate.shape)

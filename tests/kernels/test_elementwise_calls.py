@@ -40,13 +40,35 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+def of_ours(names: set[str]) -> set[str]:
+    """Operators that this package registered."""
+    return {name for name in names if name.startswith("llm2vec_fast")}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["use", "training"])
 @pytest.mark.parametrize("name", CALLS)
-def test_without_a_gradient_no_operator_of_ours_adds_to_the_cost_of_a_call(name) -> None:
-    x = random(ROWS, WIDTH)
-    with torch.no_grad():
-        assert not any(operator.startswith("llm2vec_fast") for operator in called(lambda: CALLS[name](x)))
-    x.requires_grad_()
-    assert any(operator.startswith("llm2vec_fast") for operator in called(lambda: CALLS[name](x)))
+def test_only_a_compiler_is_shown_an_operator(name, training) -> None:
+    def step(x: Tensor) -> None:
+        out = CALLS[name](x)
+        if training:
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+    x = random(ROWS, WIDTH).requires_grad_(training)
+    with torch.set_grad_enabled(training):
+        assert not of_ours(called(lambda: step(x)))
+        torch._dynamo.reset()
+        compiled = torch.compile(CALLS[name], backend="eager", fullgraph=True)
+        assert of_ours(called(lambda: compiled(x)))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_of_gradients_are_refused_and_not_wrong(name) -> None:
+    x = random(ROWS, WIDTH).requires_grad_()
+    out = CALLS[name](x)
+    out = out[0] if isinstance(out, tuple) else out
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["norm", "add-norm"])
@@ -72,11 +94,18 @@ def test_a_norm_in_several_blocks_is_as_exact(dtype, offset, monkeypatch) -> Non
     assert_as_exact(norm, tensors, "blocked")
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", BLOCKED_DTYPES, ids=str)
-def test_a_gate_in_several_blocks_is_as_exact(dtype, activation, monkeypatch) -> None:
+@pytest.fixture
+def in_blocks(monkeypatch) -> None:
+    """Gates take the path of large tensors, a few rows at a time."""
     monkeypatch.setattr(swiglu_blocked, "BLOCK_ELEMENTS", 100)
-    both = random(3, 7, 66).to(dtype)
+    monkeypatch.setattr(swiglu_blocked, "FEW_ELEMENTS", 0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("dtype", BLOCKED_DTYPES, ids=str)
+def test_a_gate_in_several_blocks_is_as_exact(dtype, scale, activation, in_blocks) -> None:
+    both = (random(3, 7, 66) * scale).to(dtype)
 
     def gated(gate: Tensor, up: Tensor, backend: str) -> Tensor:
         return swiglu(gate, up, activation, backend=backend)
@@ -86,15 +115,25 @@ def test_a_gate_in_several_blocks_is_as_exact(dtype, activation, monkeypatch) ->
         assert_as_exact(gated, tensors, "blocked")
 
 
-def test_gelu_takes_one_sigmoid_and_no_tanh() -> None:
+def test_very_large_gates_stay_finite_in_blocks(in_blocks) -> None:
+    gate = torch.tensor([-3e4, -1e3, -100.0, 0.0, 100.0, 3e4])
+    assert_as_exact(
+        lambda x, up, backend: swiglu(x, up, "gelu_tanh", backend=backend), (gate, torch.ones(6)), "blocked"
+    )
+
+
+def test_gelu_takes_one_sigmoid_and_no_tanh(in_blocks) -> None:
     gate, up = (random(ROWS, WIDTH).bfloat16().requires_grad_() for _ in range(2))
-
-    def step() -> None:
-        swiglu(gate, up, "gelu_tanh", backend="blocked").sum().backward()
-
-    names = called(step)
+    names = called(lambda: swiglu(gate, up, "gelu_tanh").sum().backward())
     assert not any(name.startswith(("aten::gelu", "aten::tanh")) for name in names), names
-    assert "aten::sigmoid" in names
+    assert {"aten::sigmoid_", "aten::sigmoid"} <= names
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_gate_of_few_elements_takes_pytorchs_gelu(more) -> None:
+    x = random(1, swiglu_blocked.FEW_ELEMENTS + more)
+    with torch.no_grad():
+        assert ("aten::gelu" in called(lambda: swiglu(x, x, "gelu_tanh"))) == (not more)
 
 
 @pytest.mark.parametrize("name", CALLS)
