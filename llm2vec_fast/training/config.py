@@ -100,13 +100,16 @@ class _Parser(HfArgumentParser):
 
 def _typed(given: dict[str, Any], parser: _Parser, kind: type[StageArguments], place: str) -> dict[str, Any]:
     """A file's values, each of its setting's type, as the command line reads them."""
-    hints = get_type_hints(kind)
+    hints, stock = get_type_hints(kind), {item.name for item in dataclasses.fields(TrainingArguments)}
     actions = {action.dest: action for action in reversed(parser._actions)}  # --no_key comes after --key
     found = {}
     for key, value in given.items():
         kinds = {get_origin(hint) or hint: hint for hint in _members(hints[key])}
         try:
-            found[key] = _read(value, set(kinds), actions[key].type, several=actions[key].nargs == "+")
+            if isinstance(value, bool) and key in stock and actions[key].type is str:
+                found[key] = value  # one that the annotations do not tell, such as fsdp: true
+            else:
+                found[key] = _read(value, set(kinds), actions[key].type, several=actions[key].nargs == "+")
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             kinds.pop(NoneType, None)
             wanted = " or ".join(hint.__name__ if isinstance(hint, type) else str(hint) for hint in kinds.values())

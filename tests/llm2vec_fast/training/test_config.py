@@ -38,6 +38,15 @@ def test_what_is_written_beside_the_output_reads_back_the_same(config: Path, tmp
     assert again.to_dict() == arguments.to_dict()
 
 
+def test_sharding_is_written_and_read_back(config: Path, tmp_path: Path) -> None:
+    wrapped = '{"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'
+    arguments = read_arguments(MntpArguments, config, ["--fsdp", "full_shard", "--fsdp_config", wrapped])
+    write_arguments(arguments, tmp_path)
+    again = read_arguments(MntpArguments, tmp_path / "training_config.yaml")
+    assert (again.fsdp, again.fsdp_config) == (arguments.fsdp, arguments.fsdp_config)
+    assert again.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
+
+
 @pytest.mark.parametrize("first", ["false", "true"])
 def test_what_is_written_can_be_changed_in_every_setting(config: Path, tmp_path: Path, first: str) -> None:
     write_arguments(read_arguments(MntpArguments, config, ["--gradient_checkpointing", first]), tmp_path)
