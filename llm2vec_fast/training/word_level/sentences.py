@@ -11,6 +11,7 @@ from llm2vec_fast.errors import UserError
 _COLUMNS = (".txt", ".conll", ".conllu", ".iob", ".bio")
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _DOCUMENT = "-DOCSTART-"
+_UNIVERSAL = ".conllu"  # columns parted by tabs; comments begin with #, and 3-4 or 3.1 number what is not a word
 
 
 class Sentence(NamedTuple):
@@ -25,7 +26,8 @@ def read_sentences(files: Sequence[str], word_column: str, label_column: str) ->
 
     Args:
         files: CoNLL columns (a word a line, columns parted by white space, a blank line between sentences, lines of
-            -DOCSTART- skipped), or jsonl or parquet with a list of words and one of labels a row.
+            -DOCSTART- skipped), CoNLL-U (its comments and all that is not a numbered word skipped), or jsonl or
+            parquet with a list of words and one of labels a row.
         word_column, label_column: numbers of columns, from 0 or, negative, from the last; or their names in a table.
 
     Raises:
@@ -47,10 +49,12 @@ def read_sentences(files: Sequence[str], word_column: str, label_column: str) ->
 
 def _from_columns(file: Path, word_column: str, label_column: str) -> Iterator[Sentence]:
     word, label = (_number(column, name, file) for column, name in ((word_column, "word"), (label_column, "label")))
-    sentence = Sentence([], [])
+    sentence, universal = Sentence([], []), file.suffix.lower() == _UNIVERSAL
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            fields = line.split()
+            fields = line.rstrip("\n").split("\t") if universal and line.strip() else line.split()
+            if universal and fields and not fields[0].isdigit():
+                continue
             if not fields or fields[0] == _DOCUMENT:
                 yield sentence
                 sentence = Sentence([], [])

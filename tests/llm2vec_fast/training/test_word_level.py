@@ -183,6 +183,18 @@ def test_tables_and_columns_hold_the_same_sentences(columns: str, tmp_path: Path
     assert read_sentences([columns], "0", "1")[0].labels == [str(len(word)) for word in expected[0].words]
 
 
+def test_of_universal_columns_only_words_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "words.conllu"
+    path.write_text(
+        "# sent_id = 1\n# text = au 10 000 #\n1-2\tau\t_\t_\n1\tà\tà\tADP\n2\tle\tle\tDET\n"
+        "3\t10 000\t10 000\tNUM\n3.1\tx\tx\tX\n4\t#\t#\tSYM\n\n1\toui\toui\tINTJ\n"
+    )
+    assert read_sentences([str(path)], "1", "3") == [
+        (["à", "le", "10 000", "#"], ["ADP", "DET", "NUM", "SYM"]),
+        (["oui"], ["INTJ"]),
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "column", "message"),
     [
