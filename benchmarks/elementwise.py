@@ -1,11 +1,12 @@
 """The element-wise operations on a CPU: ours against the modules of transformers that they replace.
 
-    python -m benchmarks.elementwise     # prints the table, writes results/elementwise.json and its page; three minutes
+    python -m benchmarks.elementwise     # prints the table, writes results/elementwise.json and its page; four minutes
 
-The two take turns, in one process, on the same tensors; results are compared before anything is timed. A turn repeats
-the operation for 20 ms, and who begins a round changes: what counts is the ratio within each round, its median, and
-between which quartiles it lies. Ours is called slower where three rounds of four say so. What a training step keeps for
-its backward pass is counted, not measured: bytes of saved tensors that are not inputs.
+The two take turns on the same tensors; results are compared before anything is timed. A turn repeats the operation for
+20 ms, and who begins a round changes. Where tensors come to lie in memory decides as much as the code does and stays as
+it is while a process lives, so that all is measured anew in several processes, one after another: what counts is the
+median of their medians, and the spread is their range. What a training step keeps for its backward pass is counted, not
+measured: bytes of saved tensors that are not inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +36,7 @@ EPS, MIB = 1e-6, 1024 * 1024
 TEXT_LENGTH = 64
 SHORTEST_TURN = 0.02  # seconds: calls are repeated until a turn takes this long
 WARM_UP = 5  # calls
+NOISE = 1.03  # the ratio up to which nothing is said to be slower
 # What glibc still takes from its heap: once a tensor of this size was freed, as in any process that has run a model, it
 # keeps twice as much for the next ones. Before that, page faults decide who is faster.
 LARGEST_HEAP_BYTES = 31 * MIB
@@ -140,7 +144,7 @@ def seconds(run: Callable[[], object], calls: int) -> float:
 
 
 def measure(operation: Operation, training: bool, rounds: int) -> dict:
-    """Medians of turns, the ratio's median and quartiles over the rounds, and the bytes kept."""
+    """Medians of turns, and the bytes kept."""
     pair = {"ours": operation.ours, "theirs": operation.theirs}
     runs = {name: (lambda call=call: step(call, operation, training)) for name, call in pair.items()}
     for ours, theirs in zip(runs["ours"](), runs["theirs"](), strict=True):
@@ -154,12 +158,31 @@ def measure(operation: Operation, training: bool, rounds: int) -> dict:
         for name in sorted(runs, reverse=i % 2 == 1):
             times[name].append(seconds(runs[name], calls))
     result = {f"{name}_seconds": statistics.median(times[name]) for name in pair}
-    ratios = [ours / theirs for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
-    lower, median, upper = statistics.quantiles(ratios, n=4)
-    result |= {"ratio": median, "ratio_lower_quartile": lower, "ratio_upper_quartile": upper, "calls_a_turn": calls}
+    result["ratio"] = statistics.median(a / b for a, b in zip(times["ours"], times["theirs"], strict=True))
     if training:
         result |= {f"{name}_kept": kept_bytes(call, operation) for name, call in pair.items()}
     return result
+
+
+def measure_all(rounds: int, only: str) -> dict[str, dict]:
+    """Every case whose name holds ``only``, measured in this process."""
+    torch.empty(LARGEST_HEAP_BYTES, dtype=torch.uint8)
+    results: dict[str, dict] = {}
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for operation_name, operation in operations(shape, dtype).items():
+                for training in (False, True) if shape.trained else (False,):
+                    kind = "training" if training else "use"
+                    name = ", ".join((shape.name, str(dtype).removeprefix("torch."), operation_name, kind))
+                    if only in name:
+                        results[name] = measure(operation, training, rounds)
+    return results
+
+
+def together(results: list[dict]) -> dict:
+    """One case, as measured in several processes: the median of each number, and every process's ratio."""
+    medians = {name: statistics.median(result[name] for result in results) for name in results[0]}
+    return medians | {"ratios": sorted(result["ratio"] for result in results)}
 
 
 def row(name: str, result: dict) -> dict[str, str]:
@@ -170,23 +193,26 @@ def row(name: str, result: dict) -> dict[str, str]:
         "ours": f"{result['ours_seconds'] * 1000:.2f} ms",
         "transformers": f"{result['theirs_seconds'] * 1000:.2f} ms",
         "time, ours / theirs": f"{result['ratio']:.2f}",
-        "quartiles": f"{result['ratio_lower_quartile']:.2f} … {result['ratio_upper_quartile']:.2f}",
+        "range": f"{result['ratios'][0]:.2f} … {result['ratios'][-1]:.2f}",
         "kept, ours": f"{result['ours_kept'] / MIB:.1f} MiB" if kept else "",
         "kept, theirs": f"{result['theirs_kept'] / MIB:.1f} MiB" if kept else "",
     }
 
 
 def verdict(results: dict[str, dict]) -> str:
-    """In words, where ours is slower in three rounds of four, and whether it then keeps less."""
-    slower = {name: result for name, result in results.items() if result["ratio_lower_quartile"] > 1}
+    """In words, where ours is slower, in every process or in most, and whether it then keeps less."""
+    slower = {name: result for name, result in results.items() if result["ratio"] > NOISE}
+    always = {name for name, result in slower.items() if result["ratios"][0] > 1}
     leaner = {name for name, result in slower.items() if result.get("ours_kept", 0) < result.get("theirs_kept", 0)}
 
     def listed(names: set[str]) -> str:
         return "; ".join(f"{name} ({_difference(slower[name])})" for name in slower if name in names) or "none"
 
     return (
-        f"Ours is slower in {len(slower)} of {len(results)} cases. It keeps less for the backward pass in: "
-        f"{listed(leaner)}. It keeps no less in: {listed(slower.keys() - leaner)}."
+        f"Ours is slower in every process in {len(always)} of {len(results)} cases. "
+        f"There it keeps less for the backward pass in: {listed(always & leaner)}. "
+        f"It keeps no less in: {listed(always - leaner)}. "
+        f"It is slower in most processes and faster in others in: {listed(slower.keys() - always)}."
     )
 
 
@@ -197,31 +223,22 @@ def _difference(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Element-wise operations against transformers' modules, on a CPU.")
-    parser.add_argument("--rounds", type=int, default=25, help="turns of each (default 25)")
+    parser.add_argument("--processes", type=int, default=5, help="how often all is measured anew (default 5)")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each in a process (default 6)")
     parser.add_argument("--only", default="", help="only cases whose name holds this text; writes nothing")
     arguments = parser.parse_args()
-    torch.empty(LARGEST_HEAP_BYTES, dtype=torch.uint8)
-    results: dict[str, dict] = {}
-    for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for operation_name, operation in operations(shape, dtype).items():
-                for training in (False, True) if shape.trained else (False,):
-                    words = (
-                        shape.name,
-                        str(dtype).removeprefix("torch."),
-                        operation_name,
-                        "training" if training else "use",
-                    )
-                    name = ", ".join(words)
-                    if arguments.only in name:
-                        results[name] = measure(operation, training, arguments.rounds)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        tasks = [pool.submit(measure_all, arguments.rounds, arguments.only) for _ in range(arguments.processes)]
+        runs = [task.result() for task in tasks]
+    results = {name: together([run[name] for run in runs]) for name in runs[0]}
     table = markdown_table([row(name, result) for name, result in results.items()])
-    print(table)
+    print(verdict(results), table, sep="\n\n")
     if not arguments.only:
         about, threads = machine(), torch.get_num_threads()
-        write_json(RESULTS, {"machine": about, "threads": threads, "rounds": arguments.rounds, "cases": results})
+        settings = {"threads": threads, "processes": arguments.processes, "rounds": arguments.rounds}
+        write_json(RESULTS, {"machine": about, **settings, "cases": results})
         where = f"{about['processor']}, {threads} threads; torch {about['torch']}; {about['date']}"
-        note = f"Medians of {arguments.rounds} rounds. {where}. {verdict(results)}"
+        note = f"Medians of {arguments.processes} processes of {arguments.rounds} rounds. {where}. {verdict(results)}"
         update_readme("elementwise", f"{note}\n\n{table}")
 
 
