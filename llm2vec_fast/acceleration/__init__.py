@@ -49,7 +49,8 @@ def accelerate(
         model: a transformers model, bare, with a head, or inside a peft model.
         attention: run our attention, causal or both ways as the model does already. It takes 2-D attention masks and
             packed batches, and no cache: `restore` the model before it generates.
-        norm, rotary, swiglu: run our RMSNorm, rotary embedding, and gated MLPs.
+        norm, rotary, swiglu: run our RMSNorm, rotary embedding, and gated MLPs. The addition before a norm stays where
+            it is, in the code of each family's decoder layer, which no swap of modules reaches.
         loss: with ``labels``, the forward pass returns the loss and no logits; ``output_logits=True`` asks for both,
             which costs what it did.
         linear: on a CPU, in evaluation mode without gradients, run linear layers on packed weights. They are copies:
