@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -254,40 +251,6 @@ def test_two_processes_train_as_one_on_the_joined_batch(given: Settings, launch,
     assert max(float(one[name].abs().max()) for name in one if "lora_B" in name) > 1e-3  # they start at zero
     for name in one:
         assert_matches(two[name].numpy(), one[name].numpy())
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the processes that `launch` starts: the order of sums, and so the last bits, depend on the threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_a_killed_run_goes_on_to_the_same_weights(given: Settings, launch, tmp_path: Path) -> None:
-    """kill -9 in the middle; attention and adapter dropout, the order of rows and what is drawn all go on."""
-    options = {"max_steps": 12, "attention_dropout": 0.3, "save_steps": 3, "negatives": 1}
-    train_contrastive(ContrastiveArguments(**given("whole", **options)))
-    process = launch("contrastive", given("cut", **options))
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "cut" / "checkpoint-3" / "trainer_state.json").exists():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
-    train_contrastive(ContrastiveArguments(**given("cut", **options)))
-    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    losses = [
-        [line["loss"] for line in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][:-1]]
-        for name in ("whole", "cut")
-    ]
-    assert len(losses[0]) == 12
-    assert losses[0] == losses[1]
 
 
 def test_a_full_disk_is_told_and_the_checkpoint_before_stays(

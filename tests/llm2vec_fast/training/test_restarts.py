@@ -1,0 +1,89 @@
+"""A run killed in its middle, and started again: the losses and weights of one that nothing interrupted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llm2vec_fast.training import (
+    ContrastiveArguments,
+    MntpArguments,
+    SimcseArguments,
+    WordLevelArguments,
+    train_contrastive,
+    train_mntp,
+    train_simcse,
+    train_word_level,
+)
+
+# Of each stage what is drawn at random is on; two epochs and more; a learning rate that changes with every step.
+STAGES = {
+    "mntp": (MntpArguments, train_mntp, {"mask_token_type": "eos", "line_by_line": True}),
+    "simcse": (SimcseArguments, train_simcse, {"attention_dropout": 0.3, "learn_scale": True}),
+    "contrastive": (ContrastiveArguments, train_contrastive, {"attention_dropout": 0.3, "token_budget": 200}),
+    "word-level": (WordLevelArguments, train_word_level, {"classifier_dropout": 0.3}),
+}
+STEPS, SAVED = 16, 4
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the processes that `launch` starts: the order of sums, and so the last bits, depend on the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def files(corpus: str, sentences: list[str], tmp_path: Path) -> dict[str, str]:
+    """What each stage reads."""
+    pairs, words = tmp_path / "pairs.jsonl", tmp_path / "words.txt"
+    rows = [{"query": a, "positive": b, "negative": [f"{a} x", f"{a} y"]} for a, b in itertools.pairwise(sentences)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words.write_text("\n\n".join("\n".join(f"{word} L{len(word)}" for word in text.split()) for text in sentences))
+    return {"mntp": corpus, "simcse": corpus, "contrastive": str(pairs), "word-level": str(words)}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_goes_on_to_the_same_weights(
+    stage: str, settings: Callable[..., dict[str, object]], launch: Callable, files: dict[str, str], tmp_path: Path
+) -> None:
+    kind, train, own = STAGES[stage]
+    shared = {"max_steps": STEPS, "save_steps": SAVED, "lr_scheduler_type": "cosine", "warmup_steps": 3}
+    shared |= {"max_seq_length": 48, "per_device_train_batch_size": 240 if stage == "word-level" else 8}
+
+    def options(output: str) -> dict[str, object]:
+        return settings(output, train_file=files[stage], **shared, **own)
+
+    train(kind(**options("whole")))
+    process = launch(stage, options("cut"))
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "cut" / f"checkpoint-{SAVED}" / "trainer_state.json").exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    weights = "head.safetensors" if stage == "word-level" else "adapter_model.safetensors"
+    assert not (tmp_path / "cut" / weights).exists()
+    train(kind(**options("cut")))
+    whole, cut = (load_file(tmp_path / name / weights) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    lines = [
+        json.loads((tmp_path / x / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()) for x in ("whole", "cut")
+    ]
+    logs = [[(x["loss"], x["learning_rate"], x["grad_norm"]) for x in some["log_history"]] for some in lines]
+    assert len(logs[0]) == STEPS
+    assert logs[0] == logs[1]
