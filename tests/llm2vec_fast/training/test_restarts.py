@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -48,7 +47,8 @@ def one_thread() -> Iterator[None]:
 def files(corpus: str, sentences: list[str], tmp_path: Path) -> dict[str, str]:
     """What each stage reads."""
     pairs, words = tmp_path / "pairs.jsonl", tmp_path / "words.txt"
-    rows = [{"query": a, "positive": b, "negative": [f"{a} x", f"{a} y"]} for a, b in itertools.pairwise(sentences)]
+    couples = zip(sentences[::2], sentences[1::2], strict=True)
+    rows = [{"query": a, "positive": b, "negative": [f"{a} x", f"{a} y"]} for a, b in couples]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words.write_text("\n\n".join("\n".join(f"{word} L{len(word)}" for word in text.split()) for text in sentences))
     return {"mntp": corpus, "simcse": corpus, "contrastive": str(pairs), "word-level": str(words)}
