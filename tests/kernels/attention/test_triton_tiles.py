@@ -46,10 +46,9 @@ def _assert_exact(case, dtype):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layout", ["packed", "both"])
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("copies", COPIES)
-def test_every_loop_with_small_tiles(monkeypatch, copies, split, layout, rule):
-    _choose(monkeypatch, Configuration(16, 32, 4, 2, **COPIES[copies], split=split, tail=16))
+@pytest.mark.parametrize(("described", "split"), list(product((False, True), repeat=2)))
+def test_every_loop_with_small_tiles(monkeypatch, described, split, layout, rule):
+    _choose(monkeypatch, Configuration(16, 32, 4, 2, described, split, tail=16))
     _assert_exact(Case(LENGTHS, 2, 1, 40, layout, RULES[rule]), torch.float32)
 
 
