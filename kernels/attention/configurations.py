@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Configuration:
             wastes less than padding it to one (128).
         tail: with pointers, and where no tile but the last is masked: that one comes first, so many rows a step. It
             takes fewer registers, and rounds the length of a short text up by less. 0: one step, last.
+        together: with descriptors, both tiles of a step arrive at one barrier, not each at its own. That takes fewer
+            instructions, but mostly more registers, and the second tile must be there before the first product.
     """
 
     block_q: int
@@ -34,6 +36,7 @@ class Configuration:
     described: bool = False
     split: bool = False
     tail: int = 0
+    together: bool = False
 
     def widths(self, head_dim: int) -> tuple[int, int]:
         """The columns of a tile's one or two blocks (0: one), each a power of two that a matrix instruction takes."""
@@ -51,7 +54,7 @@ class Configuration:
             "BLOCK_T": self.tail,
             "BLOCK_D": width,
             "BLOCK_E": rest,
-            "DESCRIBED": self.described,
+            "DESCRIBED": self.described * (1 + self.together),
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
@@ -75,30 +78,35 @@ class Demand(Enum):
 # (up to 64, 128 and 256), each row by demand: plain, ruled, dropout.
 #
 # On sm_90 what is left beside products and softmax are uniform instructions (UMOV, UIADD3) that hold the operands of
-# wgmma and the coordinates of copies: for 128, 68 of 527 in the forward loop, 96 of 393 for dK and dV, 93 of 475 for
+# wgmma and the coordinates of copies: for 128, 61 of 512 in the forward loop, 97 of 369 for dK and dV, 93 of 467 for
 # dQ. On sm_80 it is loading fragments (48 LDSM beside 64 HMMA of 194 for dK and dV of 128). Loops unrolled twice: dQ of
 # 64 on sm_90 548 rather than 567; dQ of 128, and dK and dV of 128 on sm_90, then spill in the loop.
 _C = Configuration
+_T = partial(Configuration, described=True, together=True)
+# Figures for 64 and 128. Descriptors with three coordinates instead of the ragged ones' five, which only full tiles
+# could use, give 887, 486 forward, 348 for dK and dV of 128, 547, 296 for dQ: not worth a second one of every tensor.
 _DESCRIBED: dict[str, dict[int, tuple[Configuration, ...]]] = {
-    # Plain 919, 503. 128×64 with 4 warps: 1015, 603 and 8 bytes spilled. 64×128: 912, 505, but each key is read from L2
-    # twice as often. Dropout at 128×128 spills 36 bytes.
+    # Plain 893, 488; not together 919, 503. Not together either: 128×64 with 4 warps: 1015, 603 and 8 bytes spilled.
+    # 64×128: 912, 505, but each key is read from L2 twice as often. Dropout at 128×128 spills 36 bytes.
     "forward": {
-        64: (_C(128, 128, 8, 2, True), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
-        128: (_C(128, 128, 8, 2, True), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
+        64: (_T(128, 128, 8, 2), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
+        128: (_T(128, 128, 8, 2), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
         256: (_C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 32, 8, 2, True)),
     },
-    # Plain 521, 374. 64×64: 662 for 64; 128×64: 304 bytes spilled for 128; 32×64: 561; 3 stages: 400. For 256, causal,
-    # 16×64 spills 428 bytes, of which some in the loop, 32×32 none: 989, by mma.sync, for wgmma takes 64 keys; with
-    # every rule that spills 156.
+    # Plain 523, 352; not together 375 for 128; together for 64: 533 and 116 bytes spilled. Together, and lse and delta
+    # as one load of 8 bytes: 342 and 24 bytes spilled for 128, 648 for 64. Not together: 64×64: 662 for 64; 128×64: 304
+    # bytes spilled for 128; 32×64: 561; 3 stages: 400. For 256, causal, 16×64 spills 428 bytes, of which some in the
+    # loop, 32×32 none: 989, by mma.sync, for wgmma takes 64 keys; with every rule that spills 156.
     "backward_keys": {
         64: (_C(128, 64, 4, 2, True), _C(64, 64, 4, 2, True), _C(32, 64, 4, 2, True)),
-        128: (_C(64, 64, 4, 2, True), _C(64, 64, 8, 2, True), _C(16, 64, 8, 2, True)),
+        128: (_T(64, 64, 4, 2), _C(64, 64, 8, 2, True), _C(16, 64, 8, 2, True)),
         256: (_C(16, 64, 8, 2, True), _C(32, 32, 8, 2, True), _C(16, 32, 8, 2, True)),
     },
-    # Plain 567, 302. 64×128 with 4 warps: 554, 301, with twice the reads of keys; 64×64: 704, 404.
+    # Plain 557, 297; not together 567, 302. 64×128 with 4 warps: 544, 296, with twice the reads of keys; 64×64: 704,
+    # 404. Q as a value that is no load's, for registers: Triton fetches it from shared memory at each step, 554, 292.
     "backward_queries": {
-        64: (_C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True)),
-        128: (_C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True)),
+        64: (_T(128, 128, 8, 2), _C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True)),
+        128: (_T(128, 128, 8, 2), _C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True)),
         256: (_C(64, 32, 8, 2, True), _C(64, 32, 8, 2, True), _C(64, 32, 8, 2, True)),
     },
 }

@@ -19,11 +19,13 @@ from ..tiles import TileTable, tile_table
 from . import configurations
 from .triton_launch import Rule, describable, readable, sources, strides
 from .triton_parts import (
+    TOGETHER,
     _add_product,
     _exponent_scale,
     _exponents,
     _kept,
     _key_range,
+    _load_both,
     _load_rows,
     _load_tile,
     _masked_tile,
@@ -49,7 +51,10 @@ def _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softc
     EXACT: tl.constexpr = b_q[0].dtype == tl.float32
     b_acc, b_sum, b_max = state
     # [BLOCK_K, D]
-    b_k = _load_rows(keys, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
+    if DESCRIBED == TOGETHER:
+        b_k, b_v = _load_both(keys, values, first_k, BLOCK_K, BLOCK_D, BLOCK_E)
+    else:
+        b_k = _load_rows(keys, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
     # [BLOCK_Q, BLOCK_K]
     b_s = _scores(b_q, b_k, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_E)
     if MASKED:
@@ -67,8 +72,9 @@ def _attend(state, b_q, keys, values, first_k, o_q, length, window, scale, softc
     b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
     if HAS_DROPOUT:
         b_p = tl.where(_kept(random, o_q, first_k, BLOCK_Q, BLOCK_K), b_p, 0.0)
-    # [BLOCK_K, D]
-    b_v = _load_rows(values, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
+    if DESCRIBED != TOGETHER:
+        # [BLOCK_K, D]
+        b_v = _load_rows(values, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
     b_acc = _add_product(_times(b_acc, b_shrink[:, None], BLOCK_E), b_p, b_v, PRECISION, BLOCK_E)
     return (b_acc, b_sum, b_new_max)
 

@@ -20,12 +20,14 @@ from . import configurations
 from .triton_launch import Rule, describable, readable, sources, strides
 from .triton_parts import (
     PADDING,
+    TOGETHER,
     _add_product,
     _exponent_scale,
     _exponents,
     _inner,
     _kept,
     _key_range,
+    _load_both,
     _load_rows,
     _load_tile,
     _masked_tile,
@@ -117,7 +119,10 @@ def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k
     """Add what the queries first_q … give to dK and dV of one tile of keys. Scores are transposed: [BK, BQ]."""
     o_q = first_q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q, D]
-    b_q = _load_rows(queries, first_q, MASKED, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
+    if DESCRIBED == TOGETHER:
+        b_q, b_grad = _load_both(queries, grads, first_q, BLOCK_Q, BLOCK_D, BLOCK_E)
+    else:
+        b_q = _load_rows(queries, first_q, MASKED, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
     p_shift, p_delta, p_inverse = numbers
     # [BLOCK_Q]
     b_shift = tl.load(p_shift + o_q)
@@ -130,8 +135,9 @@ def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k
     if MASKED and (CAUSAL or HAS_WINDOW):
         o_k = first_k + tl.arange(0, BLOCK_K)
         b_p = tl.where(_visible(o_q[None, :], o_k[:, None], length, window, CAUSAL, HAS_WINDOW), b_p, 0.0)
-    # [BLOCK_Q, D]
-    b_grad = _load_rows(grads, first_q, MASKED, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
+    if DESCRIBED != TOGETHER:
+        # [BLOCK_Q, D]
+        b_grad = _load_rows(grads, first_q, MASKED, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
     b_dp = _inner(b_v, b_grad, PRECISION, BLOCK_E)
     b_kept = b_p
     if HAS_DROPOUT:
@@ -211,8 +217,11 @@ def _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, wi
               BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """Add what the keys first_k … give to dQ of one tile of queries."""
     # [BLOCK_K, D]
-    b_k = _load_rows(keys, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
-    b_v = _load_rows(values, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
+    if DESCRIBED == TOGETHER:
+        b_k, b_v = _load_both(keys, values, first_k, BLOCK_K, BLOCK_D, BLOCK_E)
+    else:
+        b_k = _load_rows(keys, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
+        b_v = _load_rows(values, first_k, MASKED, DESCRIBED, HEAD_DIM, BLOCK_K, BLOCK_D, BLOCK_E)
     # [BLOCK_Q, BLOCK_K]
     b_s = _scores(b_q, b_k, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_E)
     b_shift, b_delta, b_inverse = numbers

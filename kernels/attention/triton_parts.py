@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.tools.ragged_tma import load_ragged
+from triton.tools.ragged_tma import load_ragged, to_ragged_indices
 
 from ..tiles import FIELDS, PADDED_TO
 from ..triton_math import LOG2_E, tanh
@@ -17,6 +17,7 @@ from . import dropout
 DROPOUT_ROUNDS = tl.constexpr(dropout.ROUNDS)
 TILE_FIELDS = tl.constexpr(FIELDS)
 PADDING = tl.constexpr(PADDED_TO)
+TOGETHER = tl.constexpr(2)  # DESCRIBED is 0: pointers, 1: descriptors, TOGETHER: and both tiles of a step at once
 
 
 @triton.jit
@@ -61,6 +62,24 @@ def _load_rows(rows, first, MASKED: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_
         return (b_x, b_rest)
     else:  # Triton compiles what follows a return, even one that is always reached
         return (b_x,)
+
+
+@triton.jit
+def _load_both(rows, others, first, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Two tiles as `_load_rows` gives them, by descriptors. Nothing is done with one before the other is asked for: so
+    Triton's pipeline lets all their copies arrive at one barrier, which costs fewer instructions than two."""
+    x, x_rest, _stride, start, length, head = rows
+    y, y_rest, _other_stride, _start, _length, _head = others
+    billion, end, row = to_ragged_indices(start, length, first)
+    b_x = x.load([billion, end, row, head, 0])
+    b_y = y.load([billion, end, row, head, 0])
+    if BLOCK_E > 0:
+        b_u = x_rest.load([billion, end, row, head, BLOCK_D])
+        b_v = y_rest.load([billion, end, row, head, BLOCK_D])
+        b_x = (b_x.reshape(BLOCK, BLOCK_D), b_u.reshape(BLOCK, BLOCK_E))
+        return b_x, (b_y.reshape(BLOCK, BLOCK_D), b_v.reshape(BLOCK, BLOCK_E))
+    else:
+        return (b_x.reshape(BLOCK, BLOCK_D),), (b_y.reshape(BLOCK, BLOCK_D),)
 
 
 @triton.jit

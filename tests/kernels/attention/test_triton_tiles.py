@@ -21,6 +21,7 @@ RULES = {
     "all": {"causal": True, "window": 20, "softcap": 2.0, "dropout_p": 0.3, "seed": 5},
 }
 SIZES = (40, 72, 80, 96, 160)
+COPIES = {"pointers": {}, "descriptors": {"described": True}, "together": {"described": True, "together": True}}
 
 
 def _choose(monkeypatch, config):
@@ -52,9 +53,9 @@ def test_every_loop_with_small_tiles(monkeypatch, described, split, layout, rule
 
 
 @pytest.mark.parametrize("head_dim", SIZES)
-@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
-def test_split_heads_of_every_size(monkeypatch, described, head_dim):
-    _choose(monkeypatch, Configuration(32, 16, 4, 2, described, split=True))
+@pytest.mark.parametrize("copies", COPIES)
+def test_split_heads_of_every_size(monkeypatch, copies, head_dim):
+    _choose(monkeypatch, Configuration(32, 16, 4, 2, **COPIES[copies], split=True))
     _assert_exact(Case((40, 9), 2, 1, head_dim), torch.float16)
 
 
@@ -62,15 +63,16 @@ def test_split_heads_of_every_size(monkeypatch, described, head_dim):
 def test_descriptors_give_the_bits_that_pointers_give(monkeypatch, rule):
     case = Case(LENGTHS, 4, 2, 24, "left", RULES[rule])
     results = []
-    for described in (False, True):
-        _choose(monkeypatch, Configuration(16, 32, 4, 2, described))
+    for copies in COPIES.values():
+        _choose(monkeypatch, Configuration(16, 32, 4, 2, **copies))
         inputs = case.inputs(torch.float16)
         results.append(_everything(*inputs, case.sequence_layout(), backend="triton", **case.settings))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(*results, strict=True))
 
 
-def test_a_descriptor_ends_with_its_sequence(monkeypatch):
-    _choose(monkeypatch, Configuration(16, 16, 4, 2, described=True))
+@pytest.mark.parametrize("copies", ["descriptors", "together"])
+def test_a_descriptor_ends_with_its_sequence(monkeypatch, copies):
+    _choose(monkeypatch, Configuration(16, 16, 4, 2, **COPIES[copies]))
     case = Case((40, 70, 3))
     tensors = case.inputs(torch.float32)
     alone = _everything(*(x[:40] for x in tensors), make_layout("packed", (40,)), backend="triton")
