@@ -85,7 +85,7 @@ class Sequences(torch.utils.data.Dataset):
 
 
 class MntpTrainer(StageTrainer):
-    """Evaluation adds the accuracy on hidden tokens."""
+    """Evaluation adds the accuracy on hidden tokens, every one of which counts the same, as it does in the loss."""
 
     def compute_loss(
         self,
@@ -100,8 +100,8 @@ class MntpTrainer(StageTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, and for every hidden token of the batch whether it was predicted."""
+    ) -> tuple[None, tuple[Tensor, Tensor], Tensor]:
+        """Of a batch's hidden tokens: how many were predicted and the sum of their losses; and how many there are."""
         inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != ROWS})
         unwrapped = self.accelerator.unwrap_model(model)
         head = unwrapped.get_output_embeddings()
@@ -112,7 +112,7 @@ class MntpTrainer(StageTrainer):
                 hidden.to(head.weight.dtype), head.weight, labels, bias=head.bias, return_accuracy=True
             )
         count = (labels != IGNORED).sum()[None]
-        return result.loss, result.accuracy[None] * count, count
+        return None, (result.accuracy[None] * count, result.loss[None] * count), count
 
 
 def next_labels(labels: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def train_mntp(arguments: MntpArguments) -> TrainOutput:
         data_collator=MntpCollator(
             stage.tokenizer, arguments.data_collator_type, arguments.mask_token_type, arguments.mlm_probability
         ),
-        compute_metrics=_accuracy,
+        compute_metrics=_scores,
         callbacks=[NextEpoch(datasets["train"])],
     )
     return run(trainer, arguments, stage)
@@ -155,5 +155,6 @@ def _tokens(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments:
         return tokenise(texts, tokenizer, arguments.max_seq_length, line_by_line=arguments.line_by_line)
 
 
-def _accuracy(predictions: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(predictions.predictions.sum() / max(1, predictions.label_ids.sum()))}
+def _scores(batches: EvalPrediction) -> dict[str, float]:
+    (predicted, loss), count = batches.predictions, max(1, batches.label_ids.sum())
+    return {"accuracy": float(predicted.sum() / count), "loss": float(loss.sum() / count)}

@@ -76,8 +76,8 @@ def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
     """Sequences of at most ``max_length`` tokens in columns ``input_ids`` and ``special`` (1 on the tokenizer's own).
 
     Args:
-        line_by_line: each text is a sequence, cut at ``max_length``; else all are joined, in order, and cut into
-            sequences of exactly that length, and what is left at the end is dropped.
+        line_by_line: each text is a sequence, cut at ``max_length``; else 1,000 at a time are joined, in order, and cut
+            into sequences of exactly that length, and what is left of them at the end is dropped.
 
     Raises:
         UserError: no text is long enough.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from llm2vec_fast.errors import UserError
 
 
-def word_scores(predicted: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Scores of sentences' predicted labels.
+def word_scores(predicted: Sequence[Sequence[str | None]], labels: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Scores of sentences' predicted labels, None for a word without one: it is wrong, and no part of an entity.
 
     Returns:
         ``accuracy``, the share of right words; where labels are of the kind B-PER, I-PER, O, also ``f1``, ``precision``
@@ -25,7 +25,7 @@ def word_scores(predicted: Sequence[Sequence[str]], labels: Sequence[Sequence[st
         from seqeval import metrics
     except ModuleNotFoundError as error:
         raise UserError("entity F1 needs the package seqeval: pip install 'llm2vec-fast[eval]'") from error
-    given = [list(sentence) for sentence in labels], [list(sentence) for sentence in predicted]
+    given = [list(sentence) for sentence in labels], [[label or "O" for label in sentence] for sentence in predicted]
     for name in ("f1", "precision", "recall"):
         scores[name] = float(getattr(metrics, f"{name}_score")(*given, zero_division=0))
     return scores

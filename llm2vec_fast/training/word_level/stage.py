@@ -128,7 +128,7 @@ class WordLevelTrainer(StageTrainer):
         prediction: EvalPrediction = self.predict(words, metric_key_prefix=name)
         best = np.full(sum(len(sentence.words) for sentence in sentences), -1)
         best[words.kept] = prediction.predictions
-        names = np.array([*labels, "O"], dtype=object)[best]
+        names = np.array([*labels, None], dtype=object)[best]
         ends = np.cumsum([len(sentence.words) for sentence in sentences])[:-1]
         found = word_scores([list(part) for part in np.split(names, ends)], [s.labels for s in sentences])
         metrics = {f"{name}_{key}": value for key, value in found.items()}

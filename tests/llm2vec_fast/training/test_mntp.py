@@ -122,6 +122,17 @@ def test_training_lowers_the_loss_and_writes_an_encoder(
     assert (trained.encode(texts) - untrained.encode(texts)).abs().max() > 1e-3
 
 
+def test_evaluation_does_not_depend_on_its_batches(arguments: Arguments, corpus: str, tmp_path: Path) -> None:
+    """Batches whose hidden tokens differ in number: the mean of their losses is another one."""
+    found = []
+    for size in (60, 7):
+        given = {"validation_file": [corpus], "per_device_eval_batch_size": size, "learning_rate": 0.0, "max_steps": 1}
+        train_mntp(arguments(f"by-{size}", save_strategy="no", **given))
+        scores = json.loads((tmp_path / f"by-{size}" / "eval_results.json").read_text())
+        found.append([scores["eval_loss"], scores["eval_accuracy"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_what_was_merged_before_comes_out_too(arguments: Arguments, tmp_path: Path) -> None:
     """An adapter as the base, and one on top that learns nothing: what comes out is the first."""
     given = {"model_name_or_path": str(tmp_path / "first"), "learning_rate": 0.0}

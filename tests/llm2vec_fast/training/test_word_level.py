@@ -77,6 +77,14 @@ def test_words_beyond_the_limit_have_no_features() -> None:
     assert np.array_equal(np.sort(missing), missing)  # from some word on
 
 
+def test_words_without_a_prediction_are_wrong() -> None:
+    labels = [["B-PER", "O", "O", "B-LOC"]]
+    found = word_scores([["B-PER", "O", None, None]], labels)
+    assert found["accuracy"] == 0.5
+    assert (found["precision"], found["recall"]) == (1.0, 0.5)
+    assert word_scores([["DT", None]], [["DT", "O"]])["accuracy"] == 0.5
+
+
 def test_features_are_kept_and_made_anew_when_anything_differs(encoder: LLM2Vec, tmp_path: Path) -> None:
     path = tmp_path / "words.npy"
     first = np.array(word_features(encoder, [["a", "cat"]], ["same_token"], path)["same_token"])
