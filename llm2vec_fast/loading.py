@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import cached_file, logging
 
 from .adapters import adapter_source
@@ -194,9 +195,9 @@ def put_on(model: nn.Module, adapter: str) -> PeftModel:
     """Wrap a decoder in the adapter, frozen; every weight of the adapter must find its place.
 
     Raises:
-        ModelLoadError: the adapter cannot be read, or was made for a model of other shape.
+        ModelLoadError: the adapter cannot be read, or was made for a model of another family or shape.
     """
-    config = _adapter_config(adapter, model.name_or_path)
+    config = _adapter_config(adapter, model)
     weights = _adapter_weights(adapter)
     try:
         with _quiet():
@@ -223,18 +224,35 @@ def _fitting(keys: Any, names: set[str]) -> int:
     return sum(key in bare for key in keys)
 
 
-def _adapter_config(adapter: str, base: str) -> PeftConfig:
+def _adapter_config(adapter: str, model: nn.Module) -> PeftConfig:
     if not is_adapter(adapter):
         raise ModelLoadError(f"the adapter {adapter} has no {ADAPTER_CONFIG}: pass the folder that holds it")
     try:
         config = PeftConfig.from_pretrained(adapter)
     except Exception as error:
         raise ModelLoadError(f"the adapter {adapter} cannot be read: {_one_line(error)}") from error
+    made_for = (config.auto_mapping or {}).get("base_model_class", "")
+    if not _of_one_family(made_for, model.config.model_type):
+        raise ModelLoadError(
+            f"the adapter {adapter} was made for a {made_for} and this base is a {type(model).__name__}: pass the base "
+            f"it was made for, {config.base_model_name_or_path}"
+        )
     config.inference_mode = True
-    config.base_model_name_or_path = base  # which may have moved since
+    config.base_model_name_or_path = model.name_or_path  # which may have moved since
     if isinstance(config, LoraConfig):
         config.task_type = None  # the decoder alone has none; tasks wrap it for generation
     return config
+
+
+def _of_one_family(class_name: str, model_type: str) -> bool:
+    """Whether a class such as MistralBiModel may be one of ``model_type``; one that no family's name begins may be any.
+
+    Layers of two families can have the same names and shapes, so that neither tells an adapter's base.
+    """
+    families = [kind.replace("_", "").replace("-", "") for kind in CONFIG_MAPPING_NAMES]
+    own, name = model_type.replace("_", "").replace("-", ""), class_name.lower()
+    family = max((kind for kind in families if name.startswith(kind)), key=len, default=own)
+    return family.startswith(own) or own.startswith(family)
 
 
 def _adapter_weights(adapter: str) -> dict[str, torch.Tensor]:

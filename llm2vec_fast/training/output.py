@@ -54,6 +54,8 @@ def _save_adapter(
         config.base_model_name_or_path = base
     save_file(adapter, folder / ADAPTER_WEIGHTS)
     config.inference_mode = True
+    decoder = type(decoder_of(model))
+    config.auto_mapping = {"base_model_class": decoder.__name__, "parent_library": decoder.__module__}
     config.save_pretrained(str(folder))
 
 

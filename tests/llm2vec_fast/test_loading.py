@@ -217,6 +217,11 @@ def test_an_adapter_of_another_model_is_refused(adapter, model):
         load(model, adapter)
 
 
+def test_an_adapter_of_another_family_is_refused_though_every_shape_fits():
+    with pytest.raises(ModelLoadError, match="was made for a MistralBiModel and this base is a LlamaModel"):
+        load(FOLDER / "llama", FOLDER / "mistral-lora")
+
+
 def test_an_adapter_that_names_no_base_cannot_be_one(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))

@@ -149,6 +149,7 @@ def test_what_was_merged_before_comes_out_too(arguments: Arguments, tmp_path: Pa
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["r"] == config["r"] + 16
     assert saved["base_model_name_or_path"] == str(FOLDER / "llama")
+    assert saved["auto_mapping"]["base_model_class"] == "LlamaModel"
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(arguments: Arguments, tmp_path: Path) -> None:
