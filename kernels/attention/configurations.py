@@ -115,9 +115,9 @@ _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
         128: (_C(128, 128, 8, 2, tail=16), _C(128, 32, 8, 2), _C(128, 32, 8, 2)),
         256: (_C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(64, 32, 8, 2)),
     },
-    # Plain 782, 706. For 64: not folded 790, 32×128 with 8 warps: 835, 32×256: 731 and 92 bytes spilled, 64×64 with 8
+    # Plain 782, 706. For 64: not folded 835, 32×128 with 8 warps: 835, 32×256: 731 and 92 bytes spilled, 64×64 with 8
     # warps: 788 and 40, 64×128: 786 and 48, the tail as a branch rather than a loop: 767 and 16. For 128: not folded
-    # 721, 32×128: 685 and 140 bytes, 64×64: 744, 32×64: 809, with 4 warps 732 and 32; with the tail first 112 spills 8;
+    # 740, 32×128: 685 and 140 bytes, 64×64: 744, 32×64: 809, with 4 warps 732 and 32; with the tail first 112 spills 8;
     # 3 stages, not folded: 851. Pointers carried through the loop rather than positions: 694 for 128, 782 for 64 (771
     # and 8 bytes without the tail first). Loops unrolled twice: 729 and 28 bytes for 128. A row's numbers side by side
     # in memory: the same, but on sm_90 413 rather than 375, and 8 bytes. For 256, causal, 16×64: 716 and 24 bytes not
