@@ -121,7 +121,7 @@ _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
     # 3 stages, not folded: 851. Pointers carried through the loop rather than positions: 694 for 128, 782 for 64 (771
     # and 8 bytes without the tail first). Loops unrolled twice: 729 and 28 bytes for 128. A row's numbers side by side
     # in memory: the same, but on sm_90 413 rather than 375, and 8 bytes. For 256, causal, 16×64: 716 and 24 bytes not
-    # folded, 32×32: 773; with every rule 16×64: 1469 and 144 bytes, 16×32: 1596.
+    # folded, 32×32: 765; with every rule 16×64: 1469 and 144 bytes, 16×32: 1596.
     "backward_keys": {
         64: (_F(16, 128, 4, 2, tail=16), _F(32, 64, 8, 2), _C(16, 64, 4, 2)),
         128: (_F(16, 128, 8, 2), _F(32, 64, 8, 2), _C(16, 64, 8, 2)),
