@@ -27,6 +27,8 @@ class Configuration:
             takes fewer registers, and rounds the length of a short text up by less. 0: one step, last.
         together: with descriptors, both tiles of a step arrive at one barrier, not each at its own. That takes fewer
             instructions, but mostly more registers, and the second tile must be there before the first product.
+        folded: backward, without dropout: dO·Vᵀ starts from minus delta rather than from zero. mma.sync takes that for
+            nothing, and a subtraction of each element is saved.
     """
 
     block_q: int
@@ -37,6 +39,7 @@ class Configuration:
     split: bool = False
     tail: int = 0
     together: bool = False
+    folded: bool = False
 
     def widths(self, head_dim: int) -> tuple[int, int]:
         """The columns of a tile's one or two blocks (0: one), each a power of two that a matrix instruction takes."""
@@ -79,9 +82,11 @@ class Demand(Enum):
 #
 # On sm_90 what is left beside products and softmax are uniform instructions (UMOV, UIADD3) that hold the operands of
 # wgmma and the coordinates of copies: for 128, 61 of 512 in the forward loop, 97 of 369 for dK and dV, 93 of 467 for
-# dQ. On sm_80 it is loading fragments (48 LDSM beside 64 HMMA of 194 for dK and dV of 128). Loops unrolled twice: dQ of
+# dQ. On sm_80 it is loading fragments (48 LDSM beside 64 HMMA of 185 for dK and dV of 128): Triton puts the loads
+# of K and V back into the loop, also where their fragments would fit into registers. Loops unrolled twice: dQ of
 # 64 on sm_90 548 rather than 567; dQ of 128, and dK and dV of 128 on sm_90, then spill in the loop.
 _C = Configuration
+_F = partial(Configuration, folded=True)
 _T = partial(Configuration, described=True, together=True)
 # Figures for 64 and 128. Descriptors with three coordinates instead of the ragged ones' five, which only full tiles
 # could use, give 887, 486 forward, 348 for dK and dV of 128, 547, 296 for dQ: not worth a second one of every tensor.
@@ -118,20 +123,24 @@ _POINTERS: dict[str, dict[int, tuple[Configuration, ...]]] = {
         128: (_C(128, 128, 8, 2, tail=16), _C(128, 32, 8, 2), _C(128, 32, 8, 2)),
         256: (_C(64, 32, 8, 2), _C(64, 32, 8, 2), _C(64, 32, 8, 2)),
     },
-    # Plain 877, 740. For 64: 64×128: 809 and 24 bytes spilled, 64×64: 807 and 16, with 4 warps 851 and 8. For 128:
-    # 32×128: 689 and 88 bytes, 32×64: 865, 16×64 with 4 warps: 842, 3 stages: 851. For 256, causal, 16×64: 716 and 24
-    # bytes, 32×32: 793; with every rule 16×64: 1469 and 144 bytes, 16×32: 1596.
+    # Plain 782, 706. For 64: not folded 835, 32×128 with 8 warps: 835, 32×256: 731 and 92 bytes spilled, 64×64 with 8
+    # warps: 788 and 40, 64×128: 786 and 48, the tail as a branch rather than a loop: 767 and 16. For 128: not folded
+    # 740, 32×128: 685 and 140 bytes, 64×64: 744, 32×64: 809, with 4 warps 732 and 32; with the tail first 112 spills 8;
+    # 3 stages, not folded: 851. Pointers carried through the loop rather than positions: 694 for 128, 782 for 64 (771
+    # and 8 bytes without the tail first). Loops unrolled twice: 729 and 28 bytes for 128. A row's numbers side by side
+    # in memory: the same, but on sm_90 413 rather than 375, and 8 bytes. For 256, causal, 16×64: 716 and 24 bytes not
+    # folded, 32×32: 765; with every rule 16×64: 1469 and 144 bytes, 16×32: 1596.
     "backward_keys": {
-        64: (_C(32, 128, 8, 2, tail=16), _C(32, 64, 8, 2), _C(16, 64, 4, 2)),
-        128: (_C(16, 128, 8, 2, tail=16), _C(32, 64, 8, 2), _C(16, 64, 8, 2)),
-        256: (_C(16, 64, 8, 2), _C(32, 32, 8, 2), _C(16, 32, 8, 2)),
+        64: (_F(16, 128, 4, 2, tail=16), _F(32, 64, 8, 2), _C(16, 64, 4, 2)),
+        128: (_F(16, 128, 8, 2), _F(32, 64, 8, 2), _C(16, 64, 8, 2)),
+        256: (_F(16, 64, 8, 2), _F(32, 32, 8, 2), _C(16, 32, 8, 2)),
     },
-    # Plain 854, 692. 128×64 with 4 warps: 841 and 132 bytes spilled for 64, 3 stages: 971; 128×64: 662 and 68 bytes for
-    # 128, 64×64 with 4 warps: 745, a tail of 16 first: 707.
+    # Plain 781, 651; not folded 854, 692, and so: 128×64 with 4 warps: 841 and 132 bytes spilled for 64, 3 stages: 971;
+    # 128×64: 662 and 68 bytes for 128, 64×64 with 4 warps: 745, a tail of 16 first: 707.
     "backward_queries": {
-        64: (_C(128, 64, 8, 2, tail=32), _C(128, 64, 8, 2), _C(128, 32, 8, 2)),
-        128: (_C(128, 32, 8, 2), _C(128, 32, 8, 2), _C(64, 32, 8, 2)),
-        256: (_C(64, 16, 8, 2), _C(64, 16, 8, 2), _C(64, 16, 8, 2)),
+        64: (_F(128, 64, 8, 2, tail=32), _F(128, 64, 8, 2), _C(128, 32, 8, 2)),
+        128: (_F(128, 32, 8, 2), _F(128, 32, 8, 2), _C(64, 32, 8, 2)),
+        256: (_F(64, 16, 8, 2), _F(64, 16, 8, 2), _C(64, 16, 8, 2)),
     },
 }
 # Instead of those above. Logits come from tensor memory all at once on sm_100: for 64, 128×64 spills 232 bytes, and
@@ -191,8 +200,9 @@ _FLOAT32: dict[str, dict[int, tuple[Configuration, ...]]] = {
     "backward_keys": {64: (_C(16, 32, 4, 1),) * 3, 128: (_C(16, 16, 8, 1),) * 3, 256: (_C(16, 16, 8, 2),) * 3},
     "backward_queries": {64: (_C(16, 32, 4, 1),) * 3, 128: (_C(16, 16, 4, 1),) * 3, 256: (_C(16, 16, 8, 1),) * 3},
 }
-# Instead of those above with Triton 3.6, which keeps more in registers: for float32, and for what sm_90 reads by
-# descriptor. Behind each what it gives there, and in brackets what the choice above gives there.
+# Instead of those above with Triton 3.6, which keeps more in registers: for float32, for what sm_90 reads by
+# descriptor, and for what is read by pointers, where it copies the folded numbers one by one. Behind each what it gives
+# there, and in brackets what the choice above gives there.
 _ON_OLD_TRITON: dict[tuple[str, str, int, Demand], Configuration] = {
     ("sm_90", "forward", 256, Demand.RULED): _C(64, 64, 8, 2, True),  # causal 595 (416, 96 bytes spilled)
     ("sm_90", "forward", 256, Demand.DROPOUT): _C(64, 64, 8, 2, True),  # every rule 1488 (1520, 32 bytes)
@@ -201,6 +211,8 @@ _ON_OLD_TRITON: dict[tuple[str, str, int, Demand], Configuration] = {
     ("sm_90", "backward_keys", 128, Demand.PLAIN): _C(64, 64, 8, 2, True),  # 605 (380, 40 bytes; with 3 stages 16)
     ("sm_90", "backward_keys", 128, Demand.RULED): _C(32, 64, 4, 2, True),  # window 534 (615 with 8 warps, 8 bytes)
     ("sm_90", "backward_queries", 128, Demand.DROPOUT): _C(64, 64, 8, 2, True),  # every rule 1611 (1425, 44 bytes)
+    ("pointers", "backward_keys", 64, Demand.RULED): _C(32, 64, 8, 2),  # causal 900 (1087, 40 bytes spilled)
+    ("pointers", "backward_keys", 128, Demand.PLAIN): _C(16, 128, 8, 2, tail=16),  # 767 (790)
     ("float32", "forward", 64, Demand.PLAIN): _C(16, 32, 8, 1),  # (12 bytes on sm_80)
     ("float32", "forward", 64, Demand.RULED): _C(16, 32, 8, 1),
     ("float32", "forward", 64, Demand.DROPOUT): _C(16, 16, 8, 1),  # (16 bytes on sm_80; 16×32, 8 warps: 24 on sm_90)
@@ -242,7 +254,8 @@ def _choose(
         row = (_DESCRIBED_ON_SM_100 if table is _DESCRIBED else _POINTERS_ON_SM_100).get((kernel, width), row)
     config = row[demand.value]
     if _old_triton() and table is not _POINTERS_WGMMA:
-        config = _ON_OLD_TRITON.get(("float32" if table is _FLOAT32 else architecture, kernel, width, demand), config)
+        place = "float32" if table is _FLOAT32 else "pointers" if table is _POINTERS else architecture
+        config = _ON_OLD_TRITON.get((place, kernel, width, demand), config)
     return replace(config, split=table is not _FLOAT32 and block_d(head_dim) > 64)
 
 

@@ -61,7 +61,7 @@ def _prepare_kernel(p_grad, p_out, p_sums, p_rows, p_tiles, rows, padded_blocks,
     head = head.to(tl.int64)
     part = tl.num_programs(1).to(tl.int64) * rows
     p_sums += head * rows + start + (part if EXACT else 0)
-    p_shift, p_delta, p_inverse = _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT)
+    p_shift, p_delta, p_inverse, _apart = _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT)
     tl.store(p_shift + o_q, -tl.load(p_sums + o_q, mask=o_q < length, other=float("inf")))
     tl.store(p_delta + o_q, b_delta)
     if EXACT:
@@ -70,11 +70,12 @@ def _prepare_kernel(p_grad, p_out, p_sums, p_rows, p_tiles, rows, padded_blocks,
 
 @triton.jit
 def _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT: tl.constexpr):
-    """Where one head's numbers of a sequence's rows start, as `_prepare_kernel` wrote them: (shift, delta, inverse)."""
+    """Where one head's numbers of a sequence's rows start, as `_prepare_kernel` wrote them: (shift, delta,
+    inverse), and how far apart these are."""
     padded_rows = padded_blocks.to(tl.int64) * PADDING  # a factor that Triton sees, so that they are read aligned
     p_shift = p_rows + head * (3 if EXACT else 2) * padded_rows + padded_start
     p_delta = p_shift + padded_rows
-    return p_shift, p_delta, p_delta + padded_rows
+    return p_shift, p_delta, p_delta + padded_rows, padded_rows
 
 
 @triton.jit
@@ -113,8 +114,8 @@ def _capped_slope(b_s, b_grad, HAS_SOFTCAP: tl.constexpr):
 def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k, length, window, scale,
                  softcap, random,
                  MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                 HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr,
-                 BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+                 HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, FOLDED: tl.constexpr,
+                 HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
                  BLOCK_E: tl.constexpr):  # fmt: skip
     """Add what the queries first_q … give to dK and dV of one tile of keys. Scores are transposed: [BK, BQ]."""
     o_q = first_q + tl.arange(0, BLOCK_Q)
@@ -123,12 +124,17 @@ def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k
         b_q, b_grad = _load_both(queries, grads, first_q, BLOCK_Q, BLOCK_D, BLOCK_E)
     else:
         b_q = _load_rows(queries, first_q, MASKED, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
-    p_shift, p_delta, p_inverse = numbers
+    p_shift, p_delta, p_inverse, apart = numbers
+    EXACT: tl.constexpr = b_k[0].dtype == tl.float32
     # [BLOCK_Q]
-    b_shift = tl.load(p_shift + o_q)
+    if FOLDED:  # one copy a step for both; alone, what only starts a product would not be copied ahead at all
+        b_shift, b_delta = tl.split(tl.trans(tl.load(p_shift + tl.arange(0, 2)[:, None] * apart + o_q[None, :])))
+        b_first = tl.broadcast_to(-b_delta[None, :], BLOCK_K, BLOCK_Q)
+    else:
+        b_shift = tl.load(p_shift + o_q)
+        b_first = None
     # [BLOCK_K, BLOCK_Q]: K·Qᵀ rather than a transposed Q·Kᵀ, so that Pᵀ needs no trip through shared memory.
     b_s = _scores(b_k, b_q, scale, softcap, HAS_SOFTCAP, PRECISION, BLOCK_E)
-    EXACT: tl.constexpr = b_k[0].dtype == tl.float32
     b_p = tl.exp2(_exponents(b_s, b_shift[None, :], _exponent_scale(scale, softcap, HAS_SOFTCAP), EXACT))
     if EXACT:
         b_p *= tl.load(p_inverse + o_q)[None, :]
@@ -138,7 +144,7 @@ def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k
     if DESCRIBED != TOGETHER:
         # [BLOCK_Q, D]
         b_grad = _load_rows(grads, first_q, MASKED, DESCRIBED, HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
-    b_dp = _inner(b_v, b_grad, PRECISION, BLOCK_E)
+    b_dp = _inner(b_v, b_grad, PRECISION, BLOCK_E, b_first)
     b_kept = b_p
     if HAS_DROPOUT:
         gain = random[2]
@@ -147,8 +153,10 @@ def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k
         b_dp = tl.where(m_kept, b_dp * gain, 0.0)
     # [BLOCK_K, D]
     b_dv = _add_product(b_dv, b_kept, b_grad, PRECISION, BLOCK_E)
-    b_delta = tl.load(p_delta + o_q)
-    b_ds = _capped_slope(b_s, b_p * (b_dp - b_delta[None, :]), HAS_SOFTCAP)
+    if not FOLDED:
+        b_delta = tl.load(p_delta + o_q)
+        b_dp -= b_delta[None, :]
+    b_ds = _capped_slope(b_s, b_p * b_dp, HAS_SOFTCAP)
     b_dk = _add_product(b_dk, b_ds, b_q, PRECISION, BLOCK_E)
     return b_dk, b_dv
 
@@ -159,8 +167,9 @@ def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_rows, p_dk, p_
                   stride_dh, padded_blocks, window, scale, softcap, threshold, gain,
                   UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
                   HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-                  DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                  BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+                  DESCRIBED: tl.constexpr, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+                  BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_E: tl.constexpr):  # fmt: skip
     """One program: a tile of keys of one sequence and one key head, over every query head of its group."""
     sequence, first_k, start, length, padded_start = _load_tile(p_tiles)
     kv_head = tl.program_id(1)
@@ -190,19 +199,19 @@ def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_rows, p_dk, p_
                 b_dk, b_dv = _add_queries(
                     b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k, length, window,
                     scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
-                    HEAD_DIM, BLOCK_T, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
+                    FOLDED, HEAD_DIM, BLOCK_T, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
         for first_q in range(full_low, length if ALL_FULL else full_high, BLOCK_Q):
             b_dk, b_dv = _add_queries(
                 b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k, length, window,
                 scale, softcap, random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
-                HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
+                FOLDED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
         if not ALL_FULL and not TAIL_FIRST:
             for step in range(low, high - skipped, BLOCK_Q):
                 first_q = _masked_tile(step, full_low, skipped, CAUSAL or HAS_WINDOW)
                 b_dk, b_dv = _add_queries(
                     b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k, length, window,
                     scale, softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
-                    HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
+                    FOLDED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
 
     dks = _rows_of(p_dk, None, stride_d, stride_dh, start, length, kv_head, UNIT, False)
     dvs = _rows_of(p_dv, None, stride_d, stride_dh, start, length, kv_head, UNIT, False)
@@ -213,8 +222,9 @@ def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_rows, p_dk, p_
 @triton.jit
 def _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, window, scale, softcap, random,
               MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-              HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr,
-              BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+              HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, FOLDED: tl.constexpr,
+              HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_E: tl.constexpr):  # fmt: skip
     """Add what the keys first_k … give to dQ of one tile of queries."""
     # [BLOCK_K, D]
     if DESCRIBED == TOGETHER:
@@ -233,11 +243,14 @@ def _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, wi
         # Keys past the end are zeros: unmasked, their weight 2^−lse would overflow where every logit is very negative.
         o_k = first_k + tl.arange(0, BLOCK_K)
         b_p = tl.where(_visible(o_q[:, None], o_k[None, :], length, window, CAUSAL, HAS_WINDOW), b_p, 0.0)
-    b_dp = _inner(b_grad, b_v, PRECISION, BLOCK_E)
+    b_first = tl.broadcast_to(-b_delta[:, None], BLOCK_Q, BLOCK_K) if FOLDED else None
+    b_dp = _inner(b_grad, b_v, PRECISION, BLOCK_E, b_first)
     if HAS_DROPOUT:
         gain = random[2]
         b_dp = tl.where(_kept(random, o_q, first_k, BLOCK_Q, BLOCK_K), b_dp * gain, 0.0)
-    b_ds = _capped_slope(b_s, b_p * (b_dp - b_delta[:, None]), HAS_SOFTCAP)
+    if not FOLDED:
+        b_dp -= b_delta[:, None]
+    b_ds = _capped_slope(b_s, b_p * b_dp, HAS_SOFTCAP)
     return _add_product(b_dq, b_ds, b_k, PRECISION, BLOCK_E)
 
 
@@ -247,8 +260,8 @@ def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_rows, p_dq, p_tiles,
                stride_dh, padded_blocks, window, scale, softcap, threshold, gain,
                UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
                HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-               DESCRIBED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-               BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+               DESCRIBED: tl.constexpr, FOLDED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+               BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One program: a tile of queries of one sequence and one head."""
     sequence, first_q, start, length, padded_start = _load_tile(p_tiles)
     head = tl.program_id(1)
@@ -262,7 +275,7 @@ def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_rows, p_dq, p_tiles,
     o_q = first_q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q]
     EXACT: tl.constexpr = b_q[0].dtype == tl.float32
-    p_shift, p_delta, p_inverse = _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT)
+    p_shift, p_delta, p_inverse, _apart = _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT)
     b_shift = tl.load(p_shift + o_q)
     numbers = (b_shift, tl.load(p_delta + o_q), tl.load(p_inverse + o_q) if EXACT else b_shift)
     b_dq = _zeros(BLOCK_Q, BLOCK_D, BLOCK_E)
@@ -277,17 +290,17 @@ def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_rows, p_dq, p_tiles,
         for first_k in range(full_high, high, BLOCK_T):
             b_dq = _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, window, scale,
                              softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
-                             HEAD_DIM, BLOCK_Q, BLOCK_T, BLOCK_D, BLOCK_E)  # fmt: skip
+                             FOLDED, HEAD_DIM, BLOCK_Q, BLOCK_T, BLOCK_D, BLOCK_E)  # fmt: skip
     for first_k in range(full_low, full_high, BLOCK_K):
         b_dq = _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, window, scale, softcap,
-                         random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, HEAD_DIM,
-                         BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
+                         random, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED, FOLDED,
+                         HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
     if not TAIL_FIRST:
         for step in range(low, high - skipped, BLOCK_K):
             first_k = _masked_tile(step, full_low, skipped, HAS_WINDOW)
             b_dq = _add_keys(b_dq, b_q, b_grad, numbers, keys, values, first_k, o_q, length, window, scale,
                              softcap, random, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, DESCRIBED,
-                             HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
+                             FOLDED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_E)  # fmt: skip
 
     dqs = _rows_of(p_dq, None, stride_d, stride_dh, start, length, head, UNIT, False)
     _store_rows(dqs, first_q, _times(b_dq, scale, BLOCK_E), HEAD_DIM, BLOCK_Q, BLOCK_D, BLOCK_E)
@@ -358,6 +371,7 @@ def dk_dv_arguments(
         **sources(config, config.block_q, q=q, grad=grad), "p_k": k, "p_v": v, "p_rows": numbers,
         "p_dk": dk, "p_dv": dv, "p_tiles": table.rows, "padded_blocks": numbers.shape[2] // PADDED_TO,
         **strides(q=q, k=k, v=v, g=grad, d=dk), **rule.arguments(q, k), **config.arguments(q.shape[2]),
+        "FOLDED": config.folded,
     }  # fmt: skip
 
 
@@ -377,4 +391,5 @@ def dq_arguments(
         "p_q": q, "p_grad": grad, **sources(config, config.block_k, k=k, v=v), "p_rows": numbers, "p_dq": dq,
         "p_tiles": table.rows, "padded_blocks": numbers.shape[2] // PADDED_TO,
         **strides(q=q, k=k, v=v, g=grad, d=dq), **rule.arguments(q, k), **config.arguments(q.shape[2]),
+        "FOLDED": config.folded,
     }  # fmt: skip

@@ -135,9 +135,9 @@ def _times(b_x, factor, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _inner(b_x, b_y, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr):
-    """x·yᵀ of two tiles of rows."""
-    b_s = tl.dot(b_x[0], tl.trans(b_y[0]), input_precision=PRECISION)
+def _inner(b_x, b_y, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr, b_first=None):
+    """x·yᵀ of two tiles of rows, and b_first where there is one."""
+    b_s = tl.dot(b_x[0], tl.trans(b_y[0]), b_first, input_precision=PRECISION)
     if BLOCK_E > 0:
         b_s = tl.dot(b_x[1], tl.trans(b_y[1]), b_s, input_precision=PRECISION)
     return b_s
