@@ -98,13 +98,14 @@ _DESCRIBED: dict[str, dict[int, tuple[Configuration, ...]]] = {
         128: (_T(128, 128, 8, 2), _C(128, 128, 8, 2, True), _C(128, 64, 8, 2, True)),
         256: (_C(128, 64, 8, 2, True), _C(128, 64, 8, 2, True), _C(128, 32, 8, 2, True)),
     },
-    # Plain 523, 352; not together 375 for 128; together for 64: 533 and 116 bytes spilled. Together, and lse and delta
-    # as one load of 8 bytes: 342 and 24 bytes spilled for 128, 648 for 64. Not together: 64×64: 662 for 64; 128×64: 304
-    # bytes spilled for 128; 32×64: 561; 3 stages: 400. For 256, causal, 16×64 spills 428 bytes, of which some in the
-    # loop, 32×32 none: 989, by mma.sync, for wgmma takes 64 keys; with every rule that spills 156.
+    # Plain 523, 338. For 64: folded 528 and 144 bytes spilled, together 533 and 116, minus delta added instead of delta
+    # subtracted 511 and 16. For 128: not folded 352, not together either 375; not folded, lse and delta as one load of
+    # 8 bytes: 342 and 24 bytes. Neither: 64×64: 662 for 64; 128×64: 304 bytes spilled for 128; 32×64: 561; 3 stages:
+    # 400. For 256, causal, 16×64 spills 428 bytes, of which some in the loop, 32×32 none: 989, by mma.sync, for wgmma
+    # takes 64 keys; with every rule that spills 156.
     "backward_keys": {
         64: (_C(128, 64, 4, 2, True), _C(64, 64, 4, 2, True), _C(32, 64, 4, 2, True)),
-        128: (_T(64, 64, 4, 2), _C(64, 64, 8, 2, True), _C(16, 64, 8, 2, True)),
+        128: (_T(64, 64, 4, 2, folded=True), _C(64, 64, 8, 2, True), _C(16, 64, 8, 2, True)),
         256: (_C(16, 64, 8, 2, True), _C(32, 32, 8, 2, True), _C(16, 32, 8, 2, True)),
     },
     # Plain 557, 297; not together 567, 302. 64×128 with 4 warps: 544, 296, with twice the reads of keys; 64×64: 704,
@@ -208,7 +209,7 @@ _ON_OLD_TRITON: dict[tuple[str, str, int, Demand], Configuration] = {
     ("sm_90", "forward", 256, Demand.DROPOUT): _C(64, 64, 8, 2, True),  # every rule 1488 (1520, 32 bytes)
     ("sm_90", "backward_keys", 64, Demand.RULED): _C(64, 128, 8, 2, True),  # window 689 (671, 16 bytes spilled)
     ("sm_90", "backward_keys", 64, Demand.DROPOUT): _C(32, 128, 8, 2, True),  # every rule 2865 (2800, 8 bytes)
-    ("sm_90", "backward_keys", 128, Demand.PLAIN): _C(64, 64, 8, 2, True),  # 605 (380, 40 bytes; with 3 stages 16)
+    ("sm_90", "backward_keys", 128, Demand.PLAIN): _T(32, 64, 4, 2, folded=True),  # 509 (319, 24 bytes spilled)
     ("sm_90", "backward_keys", 128, Demand.RULED): _C(32, 64, 4, 2, True),  # window 534 (615 with 8 warps, 8 bytes)
     ("sm_90", "backward_queries", 128, Demand.DROPOUT): _C(64, 64, 8, 2, True),  # every rule 1611 (1425, 44 bytes)
     ("pointers", "backward_keys", 64, Demand.RULED): _C(32, 64, 8, 2),  # causal 900 (1087, 40 bytes spilled)

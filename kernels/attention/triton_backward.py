@@ -45,8 +45,9 @@ def _prepare_kernel(p_grad, p_out, p_sums, p_rows, p_tiles, rows, padded_blocks,
                     stride_g, stride_gh, stride_o, stride_oh,
                     UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
                     BLOCK_D: tl.constexpr):  # fmt: skip
-    """The numbers of every row, (Hq, 2 or 3, padded_rows) with each sequence padded, so that no kernel masks them:
-    minus the log-sum-exp, delta = Σ dO·O; in float32 minus the largest score, delta, one over the sum of weights."""
+    """The numbers of every row, (Hq, 4, padded_rows) with each sequence padded, so that no kernel masks them:
+    minus the log-sum-exp (in float32 minus the largest score), minus delta, and delta = Σ dO·O; in float32 also one
+    over the sum of weights."""
     EXACT: tl.constexpr = p_grad.dtype.element_ty == tl.float32
     _sequence, first_q, start, length, padded_start = _load_tile(p_tiles)
     head = tl.program_id(1)
@@ -61,20 +62,21 @@ def _prepare_kernel(p_grad, p_out, p_sums, p_rows, p_tiles, rows, padded_blocks,
     head = head.to(tl.int64)
     part = tl.num_programs(1).to(tl.int64) * rows
     p_sums += head * rows + start + (part if EXACT else 0)
-    p_shift, p_delta, p_inverse, _apart = _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT)
+    p_shift, p_delta, p_inverse, apart = _row_numbers(p_rows, head, padded_start, padded_blocks)
     tl.store(p_shift + o_q, -tl.load(p_sums + o_q, mask=o_q < length, other=float("inf")))
+    tl.store(p_shift + apart + o_q, -b_delta)
     tl.store(p_delta + o_q, b_delta)
     if EXACT:
         tl.store(p_inverse + o_q, tl.div_rn(1.0, tl.load(p_sums + part + o_q, mask=o_q < length, other=1.0)))
 
 
 @triton.jit
-def _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT: tl.constexpr):
-    """Where one head's numbers of a sequence's rows start, as `_prepare_kernel` wrote them: (shift, delta,
-    inverse), and how far apart these are."""
+def _row_numbers(p_rows, head, padded_start, padded_blocks):
+    """Where one head's numbers of a sequence's rows start, as `_prepare_kernel` wrote them: (shift, delta, inverse),
+    and how far apart these are. Minus delta lies behind the shift, for both to come in one copy."""
     padded_rows = padded_blocks.to(tl.int64) * PADDING  # a factor that Triton sees, so that they are read aligned
-    p_shift = p_rows + head * (3 if EXACT else 2) * padded_rows + padded_start
-    p_delta = p_shift + padded_rows
+    p_shift = p_rows + head * 4 * padded_rows + padded_start
+    p_delta = p_shift + 2 * padded_rows
     return p_shift, p_delta, p_delta + padded_rows, padded_rows
 
 
@@ -128,8 +130,8 @@ def _add_queries(b_dk, b_dv, b_k, b_v, queries, grads, numbers, first_q, first_k
     EXACT: tl.constexpr = b_k[0].dtype == tl.float32
     # [BLOCK_Q]
     if FOLDED:  # one copy a step for both; alone, what only starts a product would not be copied ahead at all
-        b_shift, b_delta = tl.split(tl.trans(tl.load(p_shift + tl.arange(0, 2)[:, None] * apart + o_q[None, :])))
-        b_first = tl.broadcast_to(-b_delta[None, :], BLOCK_K, BLOCK_Q)
+        b_shift, b_less = tl.split(tl.trans(tl.load(p_shift + tl.arange(0, 2)[:, None] * apart + o_q[None, :])))
+        b_first = tl.broadcast_to(b_less[None, :], BLOCK_K, BLOCK_Q)
     else:
         b_shift = tl.load(p_shift + o_q)
         b_first = None
@@ -190,7 +192,7 @@ def _dk_dv_kernel(p_q, p_k, p_v, p_grad, p_q_rest, p_grad_rest, p_rows, p_dk, p_
         head = kv_head * GROUP + member
         queries = _rows_of(p_q, p_q_rest, stride_q, stride_qh, start, length, head, UNIT, DESCRIBED)
         grads = _rows_of(p_grad, p_grad_rest, stride_g, stride_gh, start, length, head, UNIT, DESCRIBED)
-        numbers = _row_numbers(p_rows, head, padded_start, padded_blocks, b_k[0].dtype == tl.float32)
+        numbers = _row_numbers(p_rows, head, padded_start, padded_blocks)
         random = (0, 0, 0, 0, 0)
         if HAS_DROPOUT:
             random = (tl.load(p_seed), threshold, gain, sequence, head)
@@ -275,7 +277,7 @@ def _dq_kernel(p_q, p_k, p_v, p_grad, p_k_rest, p_v_rest, p_rows, p_dq, p_tiles,
     o_q = first_q + tl.arange(0, BLOCK_Q)
     # [BLOCK_Q]
     EXACT: tl.constexpr = b_q[0].dtype == tl.float32
-    p_shift, p_delta, p_inverse, _apart = _row_numbers(p_rows, head, padded_start, padded_blocks, EXACT)
+    p_shift, p_delta, p_inverse, _apart = _row_numbers(p_rows, head, padded_start, padded_blocks)
     b_shift = tl.load(p_shift + o_q)
     numbers = (b_shift, tl.load(p_delta + o_q), tl.load(p_inverse + o_q) if EXACT else b_shift)
     b_dq = _zeros(BLOCK_Q, BLOCK_D, BLOCK_E)
@@ -343,9 +345,9 @@ def _check_padding(*blocks: int) -> None:
 
 
 def _prepare(grad: Tensor, out: Tensor, sums: Tensor, table: TileTable) -> Tensor:
-    """The numbers of every row, (Hq, 2 or 3, padded rows) float32."""
-    parts, heads, rows = sums.shape
-    numbers = sums.new_empty((heads, max(parts, 2), table.padded_rows))
+    """The numbers of every row, (Hq, 4, padded rows) float32."""
+    _parts, heads, rows = sums.shape
+    numbers = sums.new_empty((heads, 4, table.padded_rows))
     _prepare_kernel[(table.count, heads)](
         p_grad=grad, p_out=out, p_sums=sums, p_rows=numbers, p_tiles=table.rows, rows=rows,
         padded_blocks=table.padded_rows // PADDED_TO, **strides(g=grad, o=out), HEAD_DIM=out.shape[2],

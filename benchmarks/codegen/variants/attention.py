@@ -93,7 +93,7 @@ def attention(
     q, grad = (torch.empty(ROWS, HEADS, head_dim, dtype=dtype) for _ in range(2))
     k, v = (torch.empty(ROWS, KV_HEADS, head_dim, dtype=dtype) for _ in range(2))
     sums = configurations.sums_like(q)
-    numbers = torch.empty(HEADS, max(2, sums.shape[0]), ROWS)
+    numbers = torch.empty(HEADS, 4, ROWS)
     table = tile_table(layout.starts, layout.lengths, config.block_k if which == "dk-dv" else config.block_q)
     if which == "forward":
         kernel = triton._forward_kernel
