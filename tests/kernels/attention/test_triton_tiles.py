@@ -59,6 +59,13 @@ def test_split_heads_of_every_size(monkeypatch, copies, head_dim):
     _assert_exact(Case((40, 9), 2, 1, head_dim), torch.float16)
 
 
+@pytest.mark.parametrize("rule", [rule for rule, settings in RULES.items() if "dropout_p" not in settings])
+@pytest.mark.parametrize("copies", COPIES)
+def test_a_product_that_starts_from_minus_delta(monkeypatch, copies, rule):
+    _choose(monkeypatch, Configuration(16, 32, 4, 2, **COPIES[copies], tail=16, folded=True))
+    _assert_exact(Case(LENGTHS, 2, 1, 40, "both", RULES[rule]), torch.float16)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_descriptors_give_the_bits_that_pointers_give(monkeypatch, rule):
     case = Case(LENGTHS, 4, 2, 24, "left", RULES[rule])
