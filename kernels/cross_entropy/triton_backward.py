@@ -95,20 +95,43 @@ def _soften(b_x, b_lse, b_factor, b_grad, b_label, p_tile, p_sums, first_sum, st
 
 
 @triton.jit
-def _columns_tile(p_rows, stride, first, count, column, BLOCK_INNER: tl.constexpr, BLOCK: tl.constexpr,
-                  WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """Rows first … and elements column …; past the last row that row again, or zeros. → [BLOCK_INNER, BLOCK]"""
+def _columns_tile(p_rows, stride, first, count, column, MASKED: tl.constexpr, BLOCK_INNER: tl.constexpr,
+                  BLOCK: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """Rows first … and elements column …; past the last row, which by pointers takes MASKED, and past the last element
+    zeros. → [BLOCK_INNER, BLOCK]"""
     if DESCRIPTORS:
         b_tile = p_rows.load([first, column])
     else:
         o_row = tl.arange(0, BLOCK_INNER)
         o_column = tl.arange(0, BLOCK)
         p_tile = p_rows + (first + tl.full((), 0, tl.int64)) * stride + column
-        m_tile = (o_row < count - first)[:, None]
-        if WIDTH % BLOCK != 0:
-            m_tile = m_tile & (o_column < WIDTH - column)[None, :]
-        b_tile = tl.load(p_tile + (o_row * stride)[:, None] + o_column[None, :], mask=m_tile, other=0.0)
+        p_tile = p_tile + (o_row * stride)[:, None] + o_column[None, :]
+        m_row = (o_row < count - first)[:, None]
+        m_column = (o_column < WIDTH - column)[None, :]
+        if MASKED and WIDTH % BLOCK != 0:
+            b_tile = tl.load(p_tile, mask=m_row & m_column, other=0.0)
+        elif MASKED:
+            b_tile = tl.load(p_tile, mask=m_row, other=0.0)
+        elif WIDTH % BLOCK != 0:
+            b_tile = tl.load(p_tile, mask=m_column, other=0.0)
+        else:
+            b_tile = tl.load(p_tile)
     return b_tile
+
+
+@triton.jit
+def _add_step(b_out, p_a, p_b, stride_a, stride_b, k, first_row, first_column, inner, MASKED: tl.constexpr,
+              TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
+              BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
+    """out + A·B of one block of the inner dimension. → [BLOCK_ROWS, BLOCK_COLUMNS]"""
+    # [BLOCK_ROWS, BLOCK_INNER]
+    if TRANSPOSED:
+        b_a = tl.trans(_block(p_a, stride_a, k, first_row, BLOCK_INNER, BLOCK_ROWS, DESCRIPTORS))
+    else:
+        b_a = _block(p_a, stride_a, first_row, k, BLOCK_ROWS, BLOCK_INNER, DESCRIPTORS)
+    # [BLOCK_INNER, BLOCK_COLUMNS]
+    b_b = _columns_tile(p_b, stride_b, k, inner, first_column, MASKED, BLOCK_INNER, BLOCK_COLUMNS, WIDTH, DESCRIPTORS)
+    return tl.dot(b_a, b_b, b_out, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "steps"])
@@ -128,15 +151,16 @@ def _product_kernel(p_a, p_b, p_out, p_scale, stride_a, stride_b, stride_out, ro
     if ACCUMULATE and DESCRIPTORS:
         p_tile, m_out = _target(p_out, stride_out, first_row, first_column, rows, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS)
         b_out = tl.load(p_tile, mask=m_out, other=0.0)
-    for k in range(low, tl.minimum(low + steps * BLOCK_INNER, inner), BLOCK_INNER):
-        # [BLOCK_ROWS, BLOCK_INNER]
-        if TRANSPOSED:
-            b_a = tl.trans(_block(p_a, stride_a, k, first_row, BLOCK_INNER, BLOCK_ROWS, DESCRIPTORS))
-        else:
-            b_a = _block(p_a, stride_a, first_row, k, BLOCK_ROWS, BLOCK_INNER, DESCRIPTORS)
-        # [BLOCK_INNER, BLOCK_COLUMNS]
-        b_b = _columns_tile(p_b, stride_b, k, inner, first_column, BLOCK_INNER, BLOCK_COLUMNS, WIDTH, DESCRIPTORS)
-        b_out = tl.dot(b_a, b_b, b_out, input_precision=PRECISION)
+    high = tl.minimum(low + steps * BLOCK_INNER, inner)
+    # By pointers only the last step needs a mask; descriptors end with the rows.
+    full = high if DESCRIPTORS else low + (high - low) // BLOCK_INNER * BLOCK_INNER
+    for k in range(low, full, BLOCK_INNER):
+        b_out = _add_step(b_out, p_a, p_b, stride_a, stride_b, k, first_row, first_column, inner, False, TRANSPOSED,
+                          DESCRIPTORS, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)  # fmt: skip
+    if not DESCRIPTORS:
+        for k in range(full, high, BLOCK_INNER):
+            b_out = _add_step(b_out, p_a, p_b, stride_a, stride_b, k, first_row, first_column, inner, True, TRANSPOSED,
+                              DESCRIPTORS, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)  # fmt: skip
     if HAS_SCALE:
         b_out *= tl.load(p_scale)
     ADD: tl.constexpr = ACCUMULATE and not DESCRIPTORS
