@@ -153,7 +153,12 @@ def _product_kernel(p_a, p_b, p_out, p_scale, stride_a, stride_b, stride_out, ro
         b_out = tl.load(p_tile, mask=m_out, other=0.0)
     high = tl.minimum(low + steps * BLOCK_INNER, inner)
     # By pointers only the last step needs a mask; descriptors end with the rows.
-    full = high if DESCRIPTORS else low + (high - low) // BLOCK_INNER * BLOCK_INNER
+    if DESCRIPTORS:
+        full = high
+    elif p_b.dtype.element_ty == tl.float32:
+        full = low  # without tensor cores two loops would spill
+    else:
+        full = low + (high - low) // BLOCK_INNER * BLOCK_INNER
     for k in range(low, full, BLOCK_INNER):
         b_out = _add_step(b_out, p_a, p_b, stride_a, stride_b, k, first_row, first_column, inner, False, TRANSPOSED,
                           DESCRIPTORS, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)  # fmt: skip
