@@ -219,6 +219,7 @@ _ON_OLD_TRITON: dict[tuple[str, str, int, Demand], Configuration] = {
     ("float32", "forward", 64, Demand.DROPOUT): _C(16, 16, 8, 1),  # (16 bytes on sm_80; 16×32, 8 warps: 24 on sm_90)
     ("float32", "backward_queries", 64, Demand.DROPOUT): _C(16, 16, 8, 1),  # as forward
     ("float32", "backward_keys", 64, Demand.DROPOUT): _C(16, 32, 8, 1),  # (44 bytes on sm_90)
+    ("float32", "backward_keys", 128, Demand.DROPOUT): _C(16, 16, 8, 2),  # 8 bytes on sm_90 (32)
 }
 
 

@@ -155,8 +155,8 @@ def _product_kernel(p_a, p_b, p_out, p_scale, stride_a, stride_b, stride_out, ro
     # By pointers only the last step needs a mask; descriptors end with the rows.
     if DESCRIPTORS:
         full = high
-    elif p_b.dtype.element_ty == tl.float32:
-        full = low  # without tensor cores two loops would spill
+    elif p_b.dtype.element_ty == tl.float32 or (WIDTH % BLOCK_COLUMNS != 0 and not TRANSPOSED):
+        full = low  # two loops would spill: without tensor cores, and beside masks of columns on Triton 3.6
     else:
         full = low + (high - low) // BLOCK_INNER * BLOCK_INNER
     for k in range(low, full, BLOCK_INNER):
