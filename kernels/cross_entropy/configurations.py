@@ -47,7 +47,7 @@ _PLAIN = Configuration(64, 64, 32, 4, 2)
 _UNALIGNED = Configuration(64, 64, 32, 4, 1)
 # gfx942 has 64 KiB of local memory.
 _AMD = Configuration(128, 128, 32, 8, 2)
-# With descriptors. Forward and gradient 105, products 104 and 111; 64 elements and 3 stages: 170 to 183; 256×128: 127.
+# With descriptors. Forward and gradient 105, products 104 and 113; 64 elements and 3 stages: 170 to 183; 256×128: 127.
 _DEEP = Configuration(128, 256, 128, 8, 2, True)
 # The same for widths that whole steps of 128 do not fill.
 _SHALLOW = Configuration(128, 256, 64, 8, 3, True)
