@@ -36,8 +36,8 @@ def rms_norm(
         residual: in x's shape and dtype: added to x first.
         offset: 1.0 for Gemma, whose weights are stored as their distance from one.
         backend: "auto", "reference", "blocked" or "triton" (rows of up to 32 KiB: 16,384 columns of 16 bits). Without
-            a gradient, "blocked" hands a batch of one block (262,144 elements) or less to PyTorch's own rms_norm,
-            eager as it is: blocks pay from two on.
+            a gradient, "blocked" hands a batch of one block (262,144 elements) of float32 or less to PyTorch's own
+            rms_norm, eager as it is: blocks pay from two on.
 
     Returns:
         (…, d) in x's dtype; with a residual that, and the sum x + residual.

@@ -81,6 +81,16 @@ def test_rows_of_one_block_go_to_pytorchs_own_norm_and_more_in_blocks(rows, own,
     assert ("aten::rms_norm" in names) == own
 
 
+@pytest.mark.parametrize("name", ["rms_norm", *ACTIVATIONS])
+def test_16_bit_results_do_not_depend_on_how_many_rows_there_are(name) -> None:
+    """Else a text would be embedded differently alone and among others: thirty layers make much of one bit."""
+    few, many = 2000, 5000  # on either side of the sizes at which float32 takes another path
+    x, weight = random(many, 64).bfloat16(), random(64).bfloat16()
+    run = (lambda x: rms_norm(x, weight, EPS)) if name == "rms_norm" else (lambda x: swiglu(x, x, name))
+    with torch.no_grad():
+        assert torch.equal(run(x)[:few], run(x[:few]))
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", BLOCKED_DTYPES, ids=str)
 def test_a_norm_in_several_blocks_is_as_exact(dtype, offset, monkeypatch) -> None:
