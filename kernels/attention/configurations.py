@@ -81,7 +81,7 @@ class Demand(Enum):
 # (up to 64, 128 and 256), each row by demand: plain, ruled, dropout.
 #
 # On sm_90 what is left beside products and softmax are uniform instructions (UMOV, UIADD3) that hold the operands of
-# wgmma and the coordinates of copies: for 128, 61 of 512 in the forward loop, 97 of 369 for dK and dV, 93 of 467 for
+# wgmma and the coordinates of copies: for 128, 61 of 512 in the forward loop, 97 of 354 for dK and dV, 93 of 467 for
 # dQ. On sm_80 it is loading fragments (48 LDSM beside 64 HMMA of 185 for dK and dV of 128): Triton puts the loads
 # of K and V back into the loop, also where their fragments would fit into registers. Loops unrolled twice: dQ of
 # 64 on sm_90 548 rather than 567; dQ of 128, and dK and dV of 128 on sm_90, then spill in the loop.

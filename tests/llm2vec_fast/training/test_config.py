@@ -132,6 +132,15 @@ def test_values_of_a_file_are_read_as_on_the_command_line(tmp_path: Path) -> Non
     assert arguments.include_for_metrics == []
 
 
+def assert_refused(kind: type[TrainingArguments], folder: Path, line: str, message: str) -> None:
+    """A configuration with this line is, in one sentence that says so."""
+    path = folder / "config.yaml"
+    path.write_text(NEEDED + line + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        read_arguments(kind, path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -147,11 +156,7 @@ def test_values_of_a_file_are_read_as_on_the_command_line(tmp_path: Path) -> Non
     ],
 )
 def test_wrong_word_level_settings_are_refused_in_one_sentence(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(NEEDED + line + "\n")
-    with pytest.raises(UserError, match=message) as caught:
-        read_arguments(WordLevelArguments, path)
-    assert "\n" not in str(caught.value)
+    assert_refused(WordLevelArguments, tmp_path, line, message)
 
 
 def test_an_adapter_of_a_configuration_can_be_left_out() -> None:
@@ -193,11 +198,7 @@ def test_every_setting_says_what_it_is(kind: type[MntpArguments]) -> None:
     ],
 )
 def test_wrong_contrastive_settings_are_refused_in_one_sentence(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(NEEDED + line + "\n")
-    with pytest.raises(UserError, match=message) as caught:
-        read_arguments(ContrastiveArguments, path)
-    assert "\n" not in str(caught.value)
+    assert_refused(ContrastiveArguments, tmp_path, line, message)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +233,7 @@ def test_wrong_contrastive_settings_are_refused_in_one_sentence(tmp_path: Path, 
     ],
 )
 def test_wrong_settings_are_refused_in_one_sentence(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(NEEDED + line + "\n")
-    with pytest.raises(UserError, match=message) as caught:
-        read_arguments(MntpArguments, path)
-    assert "\n" not in str(caught.value)
+    assert_refused(MntpArguments, tmp_path, line, message)
 
 
 @pytest.mark.parametrize(
