@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -31,12 +32,16 @@ def pool_forward(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor |
     """(T, d) → (N, d) in float32, or float64 where ``hidden`` is."""
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
     if _one_by_one(hidden.shape[0], starts, mode):
-        out = hidden.new_zeros((starts.shape[0], hidden.shape[1]), dtype=accumulator)
-        each = out.unbind()
-        for i, rows, count in _sequences(starts, lengths, skip):
-            part = hidden[rows] if mode == "mean" else hidden[rows] * _rising(count, out)[:, None]
-            torch.sum(part, 0, dtype=accumulator, out=each[i])
-        return out.div_(_counts(lengths, skip, accumulator)) if mode == "mean" else out
+        out = hidden.new_empty((starts.shape[0], hidden.shape[1]), dtype=accumulator)
+        for each, rows in zip(out.unbind(), _sequences(starts, lengths, skip), strict=True):
+            part = hidden[rows]
+            if part.shape[0] == 0:
+                each.zero_()
+            elif mode == "mean":
+                torch.mean(part, 0, dtype=accumulator, out=each)
+            else:
+                torch.sum(part * _rising(part.shape[0], out)[:, None], 0, out=each)
+        return out
     plan = _plan(starts, lengths, skip, mode, accumulator)
     weighted = hidden.index_select(0, plan.rows).to(accumulator)
     weighted.mul_(plan.weights[:, None])
@@ -60,9 +65,10 @@ def pool_backward(
     if _one_by_one(total, starts, mode):
         new = torch.zeros if padded or skip is not None else torch.empty
         grad_hidden = new(total, grad.shape[1], dtype=dtype, device=grad.device)
-        each = (grad / _counts(lengths, skip, grad.dtype) if mode == "mean" else grad).unbind()
-        for i, rows, count in _sequences(starts, lengths, skip):
-            grad_hidden[rows] = each[i] if mode == "mean" else each[i] * _rising(count, grad)[:, None]
+        for each, rows in zip(grad.unbind(), _sequences(starts, lengths, skip), strict=True):
+            count = rows.stop - rows.start
+            if count:
+                grad_hidden[rows] = each / count if mode == "mean" else each * _rising(count, grad)[:, None]
         return grad_hidden
     plan = _plan(starts, lengths, skip, mode, grad.dtype)
     owner = torch.arange(plan.counts.shape[0], device=grad.device).repeat_interleave(plan.counts)
@@ -76,19 +82,11 @@ def _one_by_one(total: int, starts: Tensor, mode: str) -> bool:
     return whole and starts.device.type == "cpu" and total >= ROWS_ONE_BY_ONE * starts.shape[0]
 
 
-def _sequences(starts: Tensor, lengths: Tensor, skip: Tensor | None) -> Iterator[tuple[int, slice, int]]:
-    """Number, rows that take part, and how many they are, of each sequence that has some."""
-    skipped = [0] * starts.shape[0] if skip is None else skip.tolist()
-    for i, (start, length, left_out) in enumerate(zip(starts.tolist(), lengths.tolist(), skipped, strict=True)):
-        count = length - max(left_out, 0)
-        if count > 0:
-            yield i, slice(start + length - count, start + length), count
-
-
-def _counts(lengths: Tensor, skip: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(N, 1) how many rows of each sequence take part, at least 1."""
-    kept = lengths if skip is None else lengths - skip.clamp(min=0)
-    return kept.clamp(min=1).to(dtype)[:, None]
+def _sequences(starts: Tensor, lengths: Tensor, skip: Tensor | None) -> Iterator[slice]:
+    """The rows of each sequence that take part."""
+    skipped = repeat(0) if skip is None else skip.clamp(min=0).tolist()
+    for start, length, left_out in zip(starts.tolist(), lengths.tolist(), skipped, strict=False):
+        yield slice(start + min(left_out, length), start + length)
 
 
 def _rising(count: int, like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_for
-from .blocked import rms_norm_in_use
+from .blocked import rms_norm_forward
 from .operator import add_rms_norm_direct, add_rms_norm_operator, rms_norm_direct, rms_norm_operator
 from .reference import rms_norm_reference
 
@@ -35,9 +35,7 @@ def rms_norm(
         eps: added to the mean square.
         residual: in x's shape and dtype: added to x first.
         offset: 1.0 for Gemma, whose weights are stored as their distance from one.
-        backend: "auto", "reference", "blocked" or "triton" (rows of up to 32 KiB: 16,384 columns of 16 bits). Without
-            a gradient, "blocked" hands a batch of one block (262,144 elements) of float32 or less to PyTorch's own
-            rms_norm, eager as it is: blocks pay from two on.
+        backend: "auto", "reference", "blocked" or "triton" (rows of up to 32 KiB: 16,384 columns of 16 bits).
 
     Returns:
         (…, d) in x's dtype; with a residual that, and the sum x + residual.
@@ -58,11 +56,13 @@ def rms_norm(
     backends = ("reference", "blocked") if refused else ("reference", "blocked", "triton")
     choice = choose_for("rms_norm", backend, x, backends, refused=refused).backend
     compiling = torch.compiler.is_compiling()
-    in_use = choice == "blocked" and not torch.is_grad_enabled() and not compiling
-    if in_use or choice == "reference":
-        norm = rms_norm_in_use if in_use else rms_norm_reference
+    if choice == "reference":
         total = x if residual is None else x + residual
-        out = norm(total, weight, eps, offset)
+        out = rms_norm_reference(total, weight, eps, offset)
+        return out if residual is None else (out, total)
+    if choice == "blocked" and not torch.is_grad_enabled() and not compiling:
+        total = x if residual is None else x + residual
+        out = rms_norm_forward(total.reshape(-1, x.shape[-1]), weight, eps, offset)[0].view(x.shape)
         return out if residual is None else (out, total)
     rows = x.reshape(-1, x.shape[-1])
     if residual is not None:

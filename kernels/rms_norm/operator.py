@@ -19,7 +19,8 @@ from . import blocked
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, triton: bool) -> tuple[Tensor, Tensor]:
     """Normed rows (R, d), and the scale of each row (R,), which is not differentiable."""
     if not triton:
-        return blocked.rms_norm_forward(x, weight, eps, offset)
+        out, scales = blocked.rms_norm_forward(x, weight, eps, offset)
+        return out, scales.view(-1)
     from .triton import rms_norm_forward
 
     out, _, scales = rms_norm_forward(x, None, weight, eps, offset)
@@ -33,7 +34,7 @@ def _add_rms_norm(
     if not triton:
         total = x + residual
         out, scales = blocked.rms_norm_forward(total, weight, eps, offset)
-        return out, total, scales
+        return out, total, scales.view(-1)
     from .triton import rms_norm_forward
 
     return rms_norm_forward(x, residual, weight, eps, offset)

@@ -11,16 +11,17 @@ def rotate_blocked(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False
 
     ``transposed`` applies the transposed matrix of each pair, which is what a gradient goes through.
     """
-    width = cos.shape[-1]
-    half = width // 2
-    out = like(x)
-    torch.mul(x[..., :width], cos, out=out[..., :width])
+    width, out = cos.shape[-1], like(x)
+    turned, result = x, out
     if width < x.shape[-1]:
+        turned, result = x[..., :width], out[..., :width]
         out[..., width:] = x[..., width:]
+    torch.mul(turned, cos, out=result)
+    (first, second), (to_first, to_second) = turned.chunk(2, -1), result.chunk(2, -1)
+    sin_first, sin_second = reversed(sin.chunk(2, -1)) if transposed else sin.chunk(2, -1)
     sign = -1 if transposed else 1
-    to_first, to_second = (sin[..., half:], sin[..., :half]) if transposed else (sin[..., :half], sin[..., half:])
-    out[..., :half].addcmul_(x[..., half:width], to_first, value=-sign)
-    out[..., half:width].addcmul_(x[..., :half], to_second, value=sign)
+    to_first.addcmul_(second, sin_first, value=-sign)
+    to_second.addcmul_(first, sin_second, value=sign)
     return out
 
 
