@@ -77,9 +77,9 @@ def linear_cross_entropy(
 
     Products, each over the labelled rows only: the loss takes 1. blocked forms the gradient of ``hidden`` already in
     the forward pass, from logits it then has: loss and gradient take 2, as many as with all logits kept. The gradient
-    of a float32 ``weight`` is formed there too (3 in all) unless the reduction is "none"; that of a 16-bit one takes 2
-    in the backward pass (4 in all) where the labelled rows' logits exceed one block. Triton and ``group`` compute the
-    logits once more in the backward pass (3 with a frozen weight, else 4).
+    of ``weight`` is formed there too unless the reduction is "none" (3 in all); in 16 bits, where the labelled rows'
+    logits exceed one block, those of rows beyond the first d are multiplied once more (4 at most). Triton and ``group``
+    compute the logits once more in the backward pass (3 with a frozen weight, else 4).
 
     Memory beyond inputs and gradients, whatever V: blocked holds 52 MiB of logits, the rows that they belong to, and a
     few slices of 2 MiB. Triton's forward pass holds no logits beyond a tile, its backward pass 64 MiB of their slope.

@@ -5,13 +5,15 @@ multiplied on at once. The gradient of `hidden` so costs one product more than t
 kept; that of a float32 `weight` too, for it accumulates in place.
 
 A 16-bit `weight` would need a float32 copy of its gradient to accumulate over blocks of rows. Where the rows do not
-fit in one block, its gradient is instead made in the backward pass from blocks of the vocabulary with all rows, which
-multiplies the logits a second time and writes every part of the gradient once, from a float32 accumulator.
+fit in one block, its gradient is instead made from blocks of the vocabulary with all rows, and every part of it is
+written once, from a float32 accumulator. Until then its memory keeps the gradient of the logits of the first d rows;
+the logits of the others are multiplied a second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,16 +32,15 @@ HIDDEN_PANEL_BYTES = 16 * 1024 * 1024
 HIDDEN_BYTES = 2 * 1024 * 1024
 
 
-def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> tuple[Statistics, bool]:
-    """Statistics of the labelled rows and, for the upstream gradient ``grad`` of every row, ``gradients``.
-
-    Returns whether the weight's gradient could be formed too; the others always are.
-    """
+def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> Statistics:
+    """Statistics of the labelled rows and, for the upstream gradient ``grad`` of every row, ``gradients``."""
     count, entries = problem.labels.shape[0], problem.weight.shape[0]
     step = max(1, BLOCK_BYTES // (entries * problem.weight.element_size()))
-    weight_grad = gradients.weight if problem.accumulator == problem.weight.dtype or step >= count else None
-    forming = gradients.hidden is not None or weight_grad is not None or gradients.bias is not None
     buffer = problem.weight.new_empty((min(step, count), entries))
+    weight_grad, slopes = gradients.weight, None
+    if weight_grad is not None and problem.accumulator != weight_grad.dtype and step < count:
+        slopes = _Slopes(weight_grad, min(count, weight_grad.shape[1]), _columns(count, buffer.numel()))
+    forming = any(x is not None for x in (gradients.hidden, weight_grad, gradients.bias))
     sums = problem.weight.new_zeros(entries, dtype=problem.accumulator) if gradients.bias is not None else None
     parts = []
     for first in range(0, count, step):
@@ -51,21 +52,72 @@ def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> tupl
             for part in _parts(b_hidden):
                 made = _multiply_on(b_logits[part], problem.weight).mul_(grad)
                 gradients.hidden.index_copy_(0, problem.rows[block][part], made)
-        if weight_grad is not None:
+        if slopes is not None:
+            slopes.keep(first, b_logits)
+        elif weight_grad is not None:
             torch.addmm(weight_grad, b_logits.T, b_hidden, beta=1 if first else 0, alpha=grad, out=weight_grad)
         if sums is not None:
             sums += b_logits.sum(0, dtype=sums.dtype)
     if gradients.bias is not None:
         gradients.bias.copy_(sums.mul_(grad))
-    return Statistics.joined(parts), weight_grad is not None
+    statistics = Statistics.joined(parts)
+    if slopes is not None:
+        _finish_weight(slopes, problem, statistics.lse, grad, buffer.view(-1))
+    return statistics
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """The gradient of the logits of the first ``rows`` rows, in the memory of the weight's gradient (V, d).
+
+    The part of the latter that belongs to a block of v entries has room for (rows, v) of them, as rows ≤ d.
+    """
+
+    weight_grad: Tensor
+    rows: int
+    columns: int
+
+    def blocks(self) -> list[slice]:
+        """The vocabulary in blocks of ``columns``."""
+        entries = self.weight_grad.shape[0]
+        return [slice(first, min(entries, first + self.columns)) for first in range(0, entries, self.columns)]
+
+    def of(self, block: slice) -> Tensor:
+        """(rows, v): those of a block."""
+        v = block.stop - block.start
+        return self.weight_grad[block].view(-1)[: self.rows * v].view(self.rows, v)
+
+    def keep(self, first: int, b_slopes: Tensor) -> None:
+        """Keep what there is room for of (n, V), whose first row is row ``first``."""
+        kept = b_slopes[: max(0, self.rows - first)]
+        for block in self.blocks() if kept.shape[0] else ():
+            self.of(block)[first : first + kept.shape[0]] = kept[:, block]
+
+
+def _finish_weight(slopes: _Slopes, problem: Problem, lse: Tensor, grad: float, buffer: Tensor) -> None:
+    """The slopes become the weight's gradient, those of the rows that are not kept computed again."""
+    hidden, kept = problem.taken(slice(None)), slopes.rows
+    count = hidden.shape[0]
+    if buffer.shape[0] < count * slopes.columns:
+        buffer = buffer.new_empty(count * slopes.columns)
+    lse, ones = lse[kept:], torch.ones_like(lse[kept:])
+    for block in slopes.blocks():
+        b_kept = slopes.of(block)
+        b_slopes = buffer[: count * b_kept.shape[1]].view(count, -1)
+        b_slopes[:kept] = b_kept
+        if kept < count:
+            b_bias = None if problem.bias is None else problem.bias[block]
+            b_logits = _multiply(hidden[kept:], problem.weight[block], b_bias, b_slopes[kept:])
+            _slope(b_logits, problem, problem.labels[kept:] - block.start, lse, ones)
+        out = slopes.weight_grad[block]
+        torch.addmm(out, b_slopes.T, hidden, beta=0, alpha=grad, out=out)
 
 
 def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gradients) -> None:
     """Gradients from each row's log-sum-exp and upstream gradient, both (N,): blocks of the vocabulary, all rows."""
     hidden, entries = problem.taken(slice(None)), problem.weight.shape[0]
     count = hidden.shape[0]
-    columns = BLOCK_BYTES // (count * hidden.element_size()) // COLUMNS_MULTIPLE * COLUMNS_MULTIPLE
-    step = min(entries, max(COLUMNS_MULTIPLE, columns))
+    step = min(entries, _columns(count, BLOCK_BYTES // hidden.element_size()))
     buffer = hidden.new_empty(count * step)
     total = hidden.new_zeros(hidden.shape, dtype=problem.accumulator) if gradients.hidden is not None else None
     for first in range(0, entries, step):
@@ -83,6 +135,11 @@ def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gr
             total += b_logits @ b_weight
     if gradients.hidden is not None:
         gradients.hidden.index_copy_(0, problem.rows, total.to(hidden.dtype))
+
+
+def _columns(count: int, elements: int) -> int:
+    """How much of the vocabulary is multiplied with so many rows at once, in room for so many elements."""
+    return max(COLUMNS_MULTIPLE, elements // count // COLUMNS_MULTIPLE * COLUMNS_MULTIPLE)
 
 
 def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

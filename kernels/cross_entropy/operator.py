@@ -30,12 +30,11 @@ def linear_cross_entropy_operator(
     accuracy: bool,
     check: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, lse (T,), log-probabilities (T,), correct (T,) bool; then the gradients of hidden, weight and bias for an
-    upstream gradient of 1, and (3,) bool: which of these hold their values. Only the loss is differentiable.
+    upstream gradient of 1, empty where they are not formed here. Only the loss is differentiable.
 
-    ``needs`` says which of hidden, weight and bias want a gradient. Gradients not formed here are empty, but the
-    blocked weight's, whose untouched memory costs nothing until the backward pass writes it.
+    ``needs`` says which of hidden, weight and bias want a gradient.
     """
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rule = Rule(softcap or None, smoothing, z_loss, weight.shape[0])
@@ -44,25 +43,26 @@ def linear_cross_entropy_operator(
             refuse_wrong_labels(problem.labels, problem.rows, rule.vocabulary, ignore_index)
         count = problem.labels.shape[0]
         grad = 1 / max(1, count) if reduction == "mean" else 1.0
-        formable = _formable(needs, reduction, backend)
-        gradients, formed = _room(hidden, weight, bias, formable), [False] * 3
+        forming = _formable(needs, reduction, backend)
+        gradients = _room(hidden, weight, bias, forming)
         if count == 0:
             statistics = _no_statistics(problem)
+            for x in gradients:
+                x.zero_()
         elif backend == "triton":
             from .triton import forward_triton
 
             statistics = forward_triton(problem, accuracy)
         else:
-            into = Gradients(*(x if can else None for x, can in zip(gradients, formable, strict=True)))
+            into = Gradients(*(x if form else None for x, form in zip(gradients, forming, strict=True)))
             if into.hidden is not None:
                 into.hidden.zero_()
-            statistics, with_weight = forward_blocked(problem, grad, into)
-            formed = [formable[0], with_weight, formable[2]]
+            statistics = forward_blocked(problem, grad, into)
         losses = rule.losses(statistics)
         loss = spread(losses, problem) if reduction == "none" else losses.sum() * grad
         lse, log_probs = spread(statistics.lse, problem), spread(statistics.label - statistics.lse, problem)
         correct = _correct(statistics, problem, accuracy)
-        return loss, lse, log_probs, correct, *gradients, torch.tensor(formed)
+        return loss, lse, log_probs, correct, *gradients
 
 
 @linear_cross_entropy_operator.register_fake
@@ -73,8 +73,7 @@ def _(
     loss = torch.empty_like(per_row) if reduction == "none" else per_row.new_empty(())
     correct = labels.new_empty(hidden.shape[0] if accuracy else 0, dtype=torch.bool)
     gradients = _room(hidden, weight, bias, _formable(needs, reduction, backend))
-    formed = torch.empty(3, dtype=torch.bool, device="cpu")
-    return loss, per_row, torch.empty_like(per_row), correct, *gradients, formed
+    return loss, per_row, torch.empty_like(per_row), correct, *gradients
 
 
 @torch.library.custom_op("llm2vec_fast::linear_cross_entropy_backward", mutates_args=())
@@ -88,7 +87,6 @@ def linear_cross_entropy_backward_operator(
     dhidden: Tensor,
     dweight: Tensor,
     dbias: Tensor,
-    formed: Tensor,
     ignore_index: int,
     softcap: float,
     smoothing: float,
@@ -97,18 +95,19 @@ def linear_cross_entropy_backward_operator(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias for the upstream ``grad``, () or (T,), from those already ``formed``."""
-    made = _room(hidden, weight, bias, needs)
-    for out, ready, have in zip(made, (dhidden, dweight, dbias), formed.tolist(), strict=True):
-        if have and out.numel():
-            out.copy_(ready)
+    """Gradients of hidden, weight and bias for the upstream ``grad``, () or (T,), from those that are not empty."""
+    made, ready = _room(hidden, weight, bias, needs), (dhidden, dweight, dbias)
+    formed = [x.numel() > 0 for x in ready]
+    for out, x in zip(made, ready, strict=True):
+        if x.numel():
+            out.copy_(x)
     rule = (ignore_index, softcap, smoothing, z_loss, reduction)
     _finish(grad, hidden, weight, bias, labels, lse, made, formed, *rule, needs, backend)
     return made
 
 
 @linear_cross_entropy_backward_operator.register_fake
-def _(grad, hidden, weight, bias, labels, lse, dhidden, dweight, dbias, formed, ignore_index, softcap, smoothing,
+def _(grad, hidden, weight, bias, labels, lse, dhidden, dweight, dbias, ignore_index, softcap, smoothing,
       z_loss, reduction, needs, backend):  # fmt: skip
     return _room(hidden, weight, bias, needs)
 
@@ -122,7 +121,7 @@ def _finish(
     labels: Tensor,
     lse: Tensor,
     gradients: Sequence[Tensor],
-    formed: Tensor,
+    formed: Sequence[bool],
     ignore_index: int,
     softcap: float,
     smoothing: float,
@@ -133,7 +132,7 @@ def _finish(
 ) -> None:
     """Bring the gradients that are ``formed`` to the upstream ``grad`` in place, and compute the others."""
     missing: list[Tensor | None] = [None] * 3
-    for i, ready in enumerate(formed.tolist()):
+    for i, ready in enumerate(formed):
         if needs[i] and not ready:
             missing[i] = gradients[i]
         elif needs[i] and not _is_one(grad):
@@ -151,12 +150,12 @@ def _finish(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, ignore_index, softcap, smoothing, z_loss, reduction, needs, *_, backend = inputs
-    _, lse, log_probs, correct, *gradients, formed = output
+    _, lse, log_probs, correct, *gradients = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, log_probs, correct, *gradients, formed)
+    ctx.mark_non_differentiable(lse, log_probs, correct, *gradients)
     ctx.save_for_backward(hidden, weight, bias, labels, lse)
     # Not among the saved tensors, for the backward pass takes them over: it scales them in place.
-    ctx.gradients, ctx.formed = gradients, formed
+    ctx.gradients = gradients
     ctx.rule = (ignore_index, softcap, smoothing, z_loss, reduction)
     ctx.needs, ctx.backend = needs, backend
 
@@ -165,19 +164,19 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if grad is None:
         return (None,) * 13
     hidden, weight, bias, labels, lse = ctx.saved_tensors
-    gradients, formed = ctx.gradients, ctx.formed
+    gradients = ctx.gradients
     if gradients is None:  # a second backward pass through the same graph computes them anew
-        gradients, formed = _room(hidden, weight, bias, [False] * 3), torch.zeros(3, dtype=torch.bool)
+        gradients = _room(hidden, weight, bias, [False] * 3)
     ctx.gradients = None
     settings = (*ctx.rule, ctx.needs, ctx.backend)
     if type(grad) is Tensor and not torch.is_grad_enabled():
-        lacking = [need and not x.numel() for need, x in zip(ctx.needs, gradients, strict=True)]
-        fresh = _room(hidden, weight, bias, lacking)
-        gradients = [y if lack else x for x, y, lack in zip(gradients, fresh, lacking, strict=True)]
+        formed = [x.numel() > 0 for x in gradients]
+        fresh = _room(hidden, weight, bias, [need and not have for need, have in zip(ctx.needs, formed, strict=True)])
+        gradients = [x if have else y for x, y, have in zip(gradients, fresh, formed, strict=True)]
         _finish(grad, hidden, weight, bias, labels, lse, gradients, formed, *settings)
     else:  # traced by a compiler, or to be differentiated again, which the operator refuses
         gradients = linear_cross_entropy_backward_operator(
-            grad, hidden, weight, bias, labels, lse, *gradients, formed, *settings
+            grad, hidden, weight, bias, labels, lse, *gradients, *settings
         )
     return *(x if need else None for x, need in zip(gradients, ctx.needs, strict=True)), *(None,) * 10
 

@@ -62,7 +62,10 @@ def test_gradients_are_as_exact_as_pytorch(case, backend, dtype):
         assert_error_within(*results, factor=GRADIENT_FACTOR, name=name)
 
 
-@pytest.mark.parametrize("case", [*CASES[:11:2], CASES[1], CASES[9]], ids=str)
+MORE_ROWS_THAN_COLUMNS = [Case(90, 333, 40, labelled=1.0, bias=True, settings=rule) for rule in RULES]
+
+
+@pytest.mark.parametrize("case", [*CASES[:11:2], CASES[1], CASES[9], *MORE_ROWS_THAN_COLUMNS], ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_gradients_over_many_blocks(small_blocks, case, backend, dtype):
     for name, results in three_ways(case, dtype, backend, gradients).items():
@@ -170,11 +173,18 @@ def products(monkeypatch):
         (torch.float32, ("weight",), "mean", 2),
         (torch.float32, ("hidden", "weight"), "mean", 3),
         (torch.float32, ("hidden", "weight"), "none", 4),
-        (torch.bfloat16, ("hidden", "weight"), "mean", 4),
+        (torch.bfloat16, ("hidden", "weight"), "none", 4),
     ],
 )
 def test_no_product_is_computed_that_nobody_needs(small_blocks, products, dtype, wanted, reduction, expected):
     assert products(Case(100, 300, 16), dtype, wanted, reduction) == expected
+
+
+@pytest.mark.parametrize(("width", "expected"), [(20, 3 + 80 / 100), (100, 3), (120, 3)])
+def test_the_gradient_of_a_16_bit_weight_holds_the_logits_of_as_many_rows_as_it_has_columns(
+    small_blocks, products, width, expected
+):
+    assert products(Case(100, 300, width, labelled=1.0), torch.bfloat16, ("hidden", "weight")) == expected
 
 
 def test_a_16_bit_weight_whose_logits_fit_in_one_block_needs_no_second_pass(products):
