@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cross_entropy_cases import Case
+from cross_entropy_cases import IGNORED, Case
 
 from llm2vec_fast.kernels.cross_entropy import linear_cross_entropy
 
@@ -23,10 +23,13 @@ RULES: list[dict[str, Any]] = [
 def run(rank: int) -> dict[str, Any]:
     """Loss and gradients of every rule and backend on this process's slice."""
     found: dict[str, Any] = {}
+    labels = CASE.labels()
     for backend in ("blocked", "triton"):
         for number, rule in enumerate(RULES):
-            found[f"{backend}-{number}"] = _step(rank, backend, rule)
-    labels = CASE.labels()
+            found[f"{backend}-{number}"] = _step(rank, backend, rule, labels)
+        found[f"{backend}-without-labels"] = _step(rank, backend, {}, labels.new_full(labels.shape, IGNORED))
+    for number, rule in enumerate(RULES):
+        found[f"bfloat16-{number}"] = _step(rank, "blocked", rule, labels, torch.bfloat16)
     labels[3] = sum(SPLITS)
     try:
         hidden, weight, _ = _slice(rank, CASE.tensors(torch.float32))
@@ -36,10 +39,12 @@ def run(rank: int) -> dict[str, Any]:
     return found
 
 
-def _step(rank: int, backend: str, rule: dict[str, Any]) -> dict[str, torch.Tensor]:
-    hidden, weight, bias = (x.requires_grad_() for x in _slice(rank, CASE.tensors(torch.float32)))
+def _step(
+    rank: int, backend: str, rule: dict[str, Any], labels: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    hidden, weight, bias = (x.requires_grad_() for x in _slice(rank, CASE.tensors(dtype)))
     out = linear_cross_entropy(
-        hidden, weight, CASE.labels(), bias=bias, group=dist.group.WORLD, return_accuracy=True, return_log_probs=True,
+        hidden, weight, labels, bias=bias, group=dist.group.WORLD, return_accuracy=True, return_log_probs=True,
         backend=backend, **rule,
     )  # fmt: skip
     grads = torch.autograd.grad(out.loss.sum(), (hidden, weight, bias))

@@ -43,7 +43,8 @@ def goals(sections: dict[str, dict[str, Any]]) -> Iterator[Goal]:
             speed = _ratio(attention, f"D{head_dim}, real", "SDPA, padded", OURS, which)
             yield Goal(f"attention {which}, D{head_dim}, real lengths, against padded SDPA", speed, 2.0, "×")
     losses = rows.get("linear_cross_entropy", [])
-    case = next((row["case"] for row in losses if row.get("pass") == "both"), "")
+    # With few rows labelled, leaving out the others is most of the gain.
+    case = next((row["case"] for row in losses if row.get("pass") == "both" and "100%" in row["case"]), "")
     speed = _ratio(losses, case, "logits of every row", OURS, "both")
     memory = _ratio(losses, case, OURS, "logits of every row", "both", "peak extra MiB")
     yield Goal("cross-entropy, against logits written out", speed, 1.3, "×")

@@ -78,11 +78,14 @@ def linear_cross_entropy(
     Products, each over the labelled rows only: the loss takes 1. blocked forms the gradient of ``hidden`` already in
     the forward pass, from logits it then has: loss and gradient take 2, as many as with all logits kept. The gradient
     of ``weight`` is formed there too unless the reduction is "none" (3 in all); in 16 bits, where the labelled rows'
-    logits exceed one block, those of rows beyond the first d are multiplied once more (4 at most). Triton and ``group``
-    compute the logits once more in the backward pass (3 with a frozen weight, else 4).
+    logits exceed one block, those of rows beyond the first d are multiplied once more (4 at most). Triton, ``group``
+    and float16, whose gradients wait for the loss's scale, compute the logits once more in the backward pass (3 with a
+    frozen weight, else 4).
 
-    Memory beyond inputs and gradients, whatever V: blocked holds 52 MiB of logits, the rows that they belong to, and a
-    few slices of 2 MiB. Triton's forward pass holds no logits beyond a tile, its backward pass 64 MiB of their slope.
+    Memory beyond inputs and gradients, whatever V: blocked holds 48 MiB of logits, the labelled rows (N, d) once more,
+    in float32 where their gradient is made in the backward pass, and a few slices of 2 MiB. Triton's forward pass holds
+    no logits beyond a tile, its backward pass 64 MiB of their slope and (N, d) in float32, up to 8 times where N is
+    small. Gradients that the forward pass forms are there from then on; torch.compile copies them once.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, a setting is out of range, or a label is.

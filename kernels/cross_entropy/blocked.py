@@ -21,7 +21,7 @@ from torch import Tensor
 from .rule import Gradients, Problem, Rule, Statistics
 
 # Logits held at once.
-BLOCK_BYTES = 52 * 1024 * 1024
+BLOCK_BYTES = 48 * 1024 * 1024
 # Of these, as many elements as stay in cache are worked on at a time, in float32.
 SLICE_ELEMENTS = 512 * 1024
 COLUMNS_MULTIPLE = 64
@@ -134,7 +134,7 @@ def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gr
         if total is not None:
             total += b_logits @ b_weight
     if gradients.hidden is not None:
-        gradients.hidden.index_copy_(0, problem.rows, total.to(hidden.dtype))
+        gradients.hidden.index_copy_(0, problem.rows, total.to(gradients.hidden.dtype))
 
 
 def _columns(count: int, elements: int) -> int:

@@ -43,7 +43,7 @@ def linear_cross_entropy_operator(
             refuse_wrong_labels(problem.labels, problem.rows, rule.vocabulary, ignore_index)
         count = problem.labels.shape[0]
         grad = 1 / max(1, count) if reduction == "mean" else 1.0
-        forming = _formable(needs, reduction, backend)
+        forming = _formable(needs, reduction, backend, weight.dtype)
         gradients = _room(hidden, weight, bias, forming)
         if count == 0:
             statistics = _no_statistics(problem)
@@ -72,7 +72,7 @@ def _(
     per_row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     loss = torch.empty_like(per_row) if reduction == "none" else per_row.new_empty(())
     correct = labels.new_empty(hidden.shape[0] if accuracy else 0, dtype=torch.bool)
-    gradients = _room(hidden, weight, bias, _formable(needs, reduction, backend))
+    gradients = _room(hidden, weight, bias, _formable(needs, reduction, backend, weight.dtype))
     return loss, per_row, torch.empty_like(per_row), correct, *gradients
 
 
@@ -235,10 +235,12 @@ def _room(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[
     return tuple(weight.new_empty(size if want else 0) for size, want in zip(sizes, wanted, strict=True))
 
 
-def _formable(needs: Sequence[bool], reduction: str, backend: str) -> list[bool]:
+def _formable(needs: Sequence[bool], reduction: str, backend: str, dtype: torch.dtype) -> list[bool]:
     """Which gradients the forward pass may form: none on Triton, and what sums over rows only if all have one upstream
-    gradient."""
-    return [need and backend != "triton" and (i == 0 or reduction != "none") for i, need in enumerate(needs)]
+    gradient. None in float16 either, whose range is that of gradients only once the upstream one, a loss scale or one
+    over the number of tokens, is in them."""
+    forming = backend != "triton" and dtype != torch.float16
+    return [need and forming and (i == 0 or reduction != "none") for i, need in enumerate(needs)]
 
 
 def _no_statistics(problem: Problem) -> Statistics:

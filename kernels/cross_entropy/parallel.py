@@ -52,19 +52,20 @@ class _VocabularyParallel(torch.autograd.Function):
         if grad is None:
             return (None,) * 5
         hidden, weight, bias, rows, labels, lse = ctx.saved_tensors
-        gradients = Gradients(
-            *(torch.empty_like(x) if need else None
-              for x, need in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True))
-        )  # fmt: skip
+        # Of the hidden states every process makes a part, and parts are added before they are rounded.
+        dtypes = (torch.promote_types(hidden.dtype, torch.float32), weight.dtype, weight.dtype)
+        needed = zip((hidden, weight, bias), dtypes, ctx.needs_input_grad[:3], strict=True)
+        gradients = Gradients(*(torch.empty_like(x, dtype=dtype) if need else None for x, dtype, need in needed))
         row_grad = (grad.index_select(0, rows) if grad.ndim else grad.expand(rows.shape[0])) * ctx.grad
         problem = Problem(hidden, weight, bias, rows, labels, ctx.rule)
         with torch.autocast(hidden.device.type, enabled=False):
             compute_gradients(problem, lse, row_grad, gradients, ctx.backend)
-            if gradients.hidden is not None:  # every process knows the part that its entries gave
-                total = gradients.hidden.index_select(0, rows).to(problem.accumulator)
-                dist.all_reduce(total, group=ctx.group)
-                gradients.hidden.index_copy_(0, rows, total.to(hidden.dtype))
-        return gradients.hidden, gradients.weight, gradients.bias, None, None
+        grad_hidden = None
+        if gradients.hidden is not None:
+            total = gradients.hidden.index_select(0, rows)
+            dist.all_reduce(total, group=ctx.group)
+            grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, total.to(hidden.dtype))
+        return grad_hidden, gradients.weight, gradients.bias, None, None
 
 
 def _place(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:

@@ -75,6 +75,6 @@ class Problem:
 class Gradients:
     """Where gradients are written; None: not wanted."""
 
-    hidden: Tensor | None = None  # (T, d), zeros on rows without a label
+    hidden: Tensor | None = None  # (T, d), zeros on rows without a label; may be wider than the hidden states
     weight: Tensor | None = None  # (V, d)
     bias: Tensor | None = None  # (V,)

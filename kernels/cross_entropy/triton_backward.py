@@ -239,7 +239,7 @@ def gradients_triton(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gra
         if gradients.hidden is not None:
             _multiply(buffer, weight[block], parts, None, False, first > 0, to_hidden)
     if gradients.hidden is not None:
-        gradients.hidden.index_copy_(0, problem.rows, (parts.sum(0) * scale).to(hidden.dtype))
+        gradients.hidden.index_copy_(0, problem.rows, (parts.sum(0) * scale).to(gradients.hidden.dtype))
 
 
 def _splits(hidden: Tensor, config: Configuration) -> int:

@@ -72,6 +72,9 @@ def accelerate(
     for swap_part, wanted in parts.items():
         if wanted:
             swap_part(model, report)
+    for part, wanted in {"swiglu": swiglu, "norm": norm, "rotary": rotary}.items():
+        if wanted and part not in report.swapped:
+            report.left.setdefault(part, "no module here computes it in a form that is known")
     logger.info("accelerated %s: %s", type(model).__name__, report)
     return report
 

@@ -78,10 +78,17 @@ FEW, MANY = 2000, 5000  # rows of 64 on either side of the sizes at which anothe
 def test_a_norms_bits_depend_neither_on_other_rows_nor_on_a_gradient(offset, dtype) -> None:
     """Else a text would be embedded differently alone and among others: thirty layers make much of one bit."""
     x, weight = random(MANY, 64).to(dtype), random(64).to(dtype)
+
+    def norm(rows: int) -> Tensor:
+        added, total = rms_norm(x[:rows], weight, EPS, x[:rows], offset=offset)
+        assert torch.equal(added, rms_norm(total, weight, EPS, offset=offset))
+        return rms_norm(x[:rows], weight, EPS, offset=offset)
+
     with torch.no_grad():
-        out = rms_norm(x, weight, EPS, offset=offset)
-        assert torch.equal(out[:FEW], rms_norm(x[:FEW], weight, EPS, offset=offset))
-    assert torch.equal(out, rms_norm(x.requires_grad_(), weight, EPS, offset=offset))
+        out = norm(MANY)
+        assert all(torch.equal(out[:rows], norm(rows)) for rows in (1, FEW))
+    x.requires_grad_()
+    assert all(torch.equal(out[:rows], norm(rows)) for rows in (1, FEW, MANY))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

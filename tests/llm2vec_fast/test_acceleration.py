@@ -140,6 +140,12 @@ def test_an_interleaved_rotary_embedding_is_left_alone() -> None:
     assert_error_within(hidden(model), stock, exact)
 
 
+def test_a_model_without_what_could_be_swapped_says_so() -> None:
+    model = AutoModel.from_config(CONFIG_MAPPING["gpt2"](n_embd=32, n_layer=1, n_head=2, vocab_size=50))
+    report = accelerate(model, attention=False)
+    assert all("no module here" in report.left[part] for part in ("norm", "rotary", "swiglu"))
+
+
 def test_an_mlp_that_computes_something_else_is_left_alone() -> None:
     class Shifted(nn.Module):
         def __init__(self, mlp: nn.Module) -> None:

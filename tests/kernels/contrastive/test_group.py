@@ -22,6 +22,8 @@ RULES = (
 CASES = [
     *((rule, targets, torch.float32, "mean") for rule in RULES for targets in ((), ("positives", "ids"))),
     ({"symmetric": True}, (), torch.bfloat16, "sum"),
+    ({"similarity": "dot", "false_negative_margin": 0.0}, (), torch.float32, "mean"),
+    ({**RULES[3], "backend": "triton"}, ("positives", "ids"), torch.float32, "mean"),
 ]
 
 
@@ -56,7 +58,8 @@ def _in_one_process(ranks, rule, names, dtype, reduction, compute):
         targets["ids"] = torch.cat([x["ids"] for x in given])
     tensors = [torch.cat(x).to(compute).requires_grad_() for x in (queries, documents)]
     scale = torch.tensor(20.0, dtype=torch.promote_types(compute, torch.float32), requires_grad=True)
-    losses = contrastive_loss(*tensors, scale=scale, backend="reference", reduction="none", **targets, **rule)
+    settings = {**targets, **rule, "backend": "reference"}
+    losses = contrastive_loss(*tensors, scale=scale, reduction="none", **settings)
     loss = losses.sum() if reduction == "sum" else losses.mean()
     return losses, loss, *torch.autograd.grad(loss, (*tensors, scale))
 

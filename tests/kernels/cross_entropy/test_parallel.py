@@ -29,10 +29,12 @@ def whole(dtype, rule):
 
 
 @pytest.mark.parametrize("number", range(len(RULES)), ids=[str(rule) for rule in RULES])
-@pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_two_processes_equal_one(ranks, backend, number):
-    plain, exact = whole(torch.float32, RULES[number]), whole(torch.float64, RULES[number])
-    first, second = (found[f"{backend}-{number}"] for found in ranks)
+@pytest.mark.parametrize(
+    ("run", "dtype"), [("blocked", torch.float32), ("triton", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_two_processes_equal_one(ranks, run, dtype, number):
+    plain, exact = whole(dtype, RULES[number]), whole(torch.float64, RULES[number])
+    first, second = (found[f"{run}-{number}"] for found in ranks)
     for name in ("loss", "accuracy", "log_probs", "dhidden"):
         assert torch.equal(first[name], second[name]), f"the processes disagree on {name}"
     joined = {name: torch.cat([first[name], second[name]]) for name in ("dweight", "dbias")}
@@ -40,6 +42,12 @@ def test_two_processes_equal_one(ranks, backend, number):
         factor = GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR
         assert_error_within(joined.get(name, first[name]), plain[name], exact[name], factor=factor, name=name)
     assert torch.equal(first["accuracy"], plain["accuracy"])
+
+
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_a_batch_without_labels_gives_zeros(ranks, backend):
+    for found in ranks:
+        assert not any(x.any() for x in found[f"{backend}-without-labels"].values())
 
 
 def test_a_label_beyond_every_slice_is_named(ranks):

@@ -23,6 +23,10 @@ SCALINGS = {
     "llama3": {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
     },
+    "longrope": {
+        "factor": 2.0, "original_max_position_embeddings": 32, "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+    },
 }  # fmt: skip
 
 

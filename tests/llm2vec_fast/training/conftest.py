@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,17 @@ def corpus(tmp_path: Path, sentences: list[str]) -> str:
     path = tmp_path / "corpus.txt"
     path.write_text("\n".join(sentences) + "\n")
     return str(path)
+
+
+@pytest.fixture
+def files(corpus: str, sentences: list[str], tmp_path: Path) -> dict[str, str]:
+    """What each stage reads."""
+    pairs, words = tmp_path / "pairs.jsonl", tmp_path / "words.txt"
+    couples = zip(sentences[::2], sentences[1::2], strict=True)
+    rows = [{"query": a, "positive": b, "negative": [f"{a} x", f"{a} y"]} for a, b in couples]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words.write_text("\n\n".join("\n".join(f"{word} L{len(word)}" for word in text.split()) for text in sentences))
+    return {"mntp": corpus, "simcse": corpus, "contrastive": str(pairs), "word-level": str(words)}
 
 
 @pytest.fixture

@@ -43,17 +43,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def files(corpus: str, sentences: list[str], tmp_path: Path) -> dict[str, str]:
-    """What each stage reads."""
-    pairs, words = tmp_path / "pairs.jsonl", tmp_path / "words.txt"
-    couples = zip(sentences[::2], sentences[1::2], strict=True)
-    rows = [{"query": a, "positive": b, "negative": [f"{a} x", f"{a} y"]} for a, b in couples]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words.write_text("\n\n".join("\n".join(f"{word} L{len(word)}" for word in text.split()) for text in sentences))
-    return {"mntp": corpus, "simcse": corpus, "contrastive": str(pairs), "word-level": str(words)}
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_run_goes_on_to_the_same_weights(
