@@ -51,7 +51,7 @@ STS-B, Spearman × 100, mean pooling, after each stage; nothing of it was traine
 ## Data
 
 - Masked next-token prediction and SimCSE: paragraphs of 206 English Wikipedia pages (CC BY-SA) that come with gensim's
-  tests, and the sentences of nlp-corpus (MIT).
+  tests, and the sentences of nlp-corpus (MIT); for the former every other text with a space around words and marks.
 - Pairs: WordNet 3.1 (word and gloss, example and the same with a synonym), Wikipedia (title and first paragraph,
   neighbouring sentences). Every text that equals one of STS-B or CoNLL-2003 was left out.
 
