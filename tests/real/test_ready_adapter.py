@@ -19,6 +19,7 @@ QUESTIONS = {
     "read rows of a csv file": ("csv", "_csv"),
     "run a command in another process and read its output": ("subprocess",),
     "turn an object into json": ("json",),
+    "turn an object into JSON": ("json",),
 }
 
 
