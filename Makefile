@@ -49,7 +49,7 @@ demo: install demo/docstrings.jsonl demo/model ## embed 10,000 real texts with a
 	$(BIN)/llm2vec-fast embed demo/docstrings.jsonl --model demo/model --adapter smollm2-135m --output demo/embeddings \
 	  --id-column id --text-column text --keep-columns text --normalize --doc-max-length 64
 	$(BIN)/llm2vec-fast search demo/embeddings --top-k 5 \
-	  "read rows of a csv file" "run a command in another process and read its output" "turn an object into JSON"
+	  "read rows of a csv file" "run a command in another process and read its output" "turn an object into json"
 
 model: install
 	@$(PY) -m benchmarks.fetch.smollm2
