@@ -60,14 +60,19 @@ def everything(
 
 
 def gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **settings: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, passes: int = 1, **settings: Any
 ) -> dict[str, Tensor]:
-    """dhidden, dweight, dbias for an upstream gradient that is the same in every dtype, and is not 1."""
+    """dhidden, dweight, dbias for an upstream gradient that is the same in every dtype, and is not 1.
+
+    They are those of the last of so many backward ``passes``.
+    """
     tensors = {"dhidden": hidden, "dweight": weight, "dbias": bias}
     tensors = {name: x.detach().requires_grad_() for name, x in tensors.items() if x is not None}
     loss = linear_cross_entropy(tensors["dhidden"], tensors["dweight"], labels, bias=tensors.get("dbias"), **settings)
     upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float16)
-    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), upstream.to(loss.dtype)), strict=True))
+    for again in reversed(range(passes)):
+        found = torch.autograd.grad(loss, list(tensors.values()), upstream.to(loss.dtype), retain_graph=again > 0)
+    return dict(zip(tensors, found, strict=True))
 
 
 def three_ways(
