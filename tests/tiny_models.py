@@ -54,6 +54,11 @@ FAMILIES: dict[str, dict] = {
         "query_pre_attn_scalar": 8,
     },
     "phi3": {"model_type": "phi3", "sliding_window": None},
+    "phi3-partial": {
+        "model_type": "phi3",
+        "sliding_window": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from functools import cache, wraps
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers.utils.generic import can_return_tuple
 
 from ..kernels.cross_entropy import linear_cross_entropy
 from .swapping import Acceleration, is_replaced, subclass, swap
+
+logger = logging.getLogger(__name__)
 
 # What a head's code may name if it is hidden states → one product → perhaps softcap → the loss of the next token.
 _KNOWN_NAMES = {
@@ -46,7 +49,7 @@ def _problem(module: PreTrainedModel) -> str | None:
         return "has its forward method replaced on the instance"
     if not names >= _NEEDED_NAMES or not names <= _KNOWN_NAMES:
         return "makes its logits or its loss in a way of its own"
-    return None
+    return _obstacle(module)
 
 
 @cache
@@ -71,25 +74,35 @@ def with_our_loss(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs,
         }  # fmt: skip
-        if labels is None or output_logits or not _applies(self, logits_to_keep):
+        plain = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        obstacle = None if labels is None or output_logits or not plain else _obstacle(self)
+        if obstacle is not None and not torch.compiler.is_compiling():
+            _warn(f"{stock.__name__} {obstacle}: its loss is computed from all logits")
+        if labels is None or output_logits or not plain or obstacle is not None:
             return stock.forward(self, labels=labels, logits_to_keep=logits_to_keep, **batch)
         return _with_loss(self, labels, **batch)
 
     return subclass(stock, forward, with_our_loss)
 
 
-def _applies(module: PreTrainedModel, logits_to_keep: int | Tensor) -> bool:
-    """Whether this call wants the plain loss of the next token from a plain output layer."""
+def _obstacle(module: PreTrainedModel) -> str | None:
+    """Why this is not the plain loss of the next token from a plain output layer, if it is not."""
     head = module.lm_head
-    return (
-        isinstance(logits_to_keep, int)
-        and logits_to_keep == 0
-        and type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
-        and not head._forward_hooks
-        and not head._forward_pre_hooks
-        and module.loss_function is ForCausalLMLoss
-    )
+    if type(head) is not nn.Linear:
+        return f"has an output layer that is not a torch Linear but {type(head).__module__}.{type(head).__name__}"
+    if type(head.weight) is not nn.Parameter:
+        return f"has an output layer whose weight is not a plain Parameter but {type(head.weight).__name__}"
+    if head._forward_hooks or head._forward_pre_hooks or is_replaced(head):
+        return "has an output layer with hooks, or with its forward method replaced"
+    if module.loss_function is not ForCausalLMLoss:
+        return "has a loss function of its own"
+    return None
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once for each message."""
+    logger.warning(message)
 
 
 @can_return_tuple

@@ -264,6 +264,22 @@ def test_a_loss_or_a_head_of_ones_own_still_counts() -> None:
     assert model(**batch()).loss > expected.new_tensor(SHAPE["vocab_size"]).log() - 1e-3
 
 
+def test_an_output_layer_that_is_not_plain_is_said_not_hidden(caplog: pytest.LogCaptureFixture) -> None:
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    before, after = causal_model().train(), causal_model().train()
+    get_peft_model(before, config)
+    assert "peft.tuners.lora.layer.Linear" in accelerate(before).left["loss"]
+    assert "loss" in accelerate(after).swapped
+    get_peft_model(after, config)
+    with caplog.at_level("WARNING", "llm2vec_fast"):
+        losses = [after(**batch()).loss for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert [record.message for record in caplog.records if "from all logits" in record.message] == [
+        "LlamaForCausalLM has an output layer that is not a torch Linear but peft.tuners.lora.layer.Linear: "
+        "its loss is computed from all logits"
+    ]
+
+
 def test_a_head_that_scales_its_logits_is_left_alone_with_a_reason() -> None:
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["cohere"](**SHAPE))
     assert "a way of its own" in accelerate(model).left["loss"]
