@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +21,13 @@ from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional
 from .kernels.layout import SequenceLayout
 from .kernels.pooling import POOLING_MODES, pool
 from .loading import SETTINGS_FILE, best_device, load, merged
-from .pipeline import OnBatch, Request, encode_pairs, progress
+from .pipeline import OnBatch, Request, TokenEmbeddings, encode_pairs, progress
 from .precision import choose_dtype
 from .prompts import CHECKPOINTS, as_pairs, find_template
 from .saving import keep_published_name, write_json, written_beside
 from .tokenization import TextTokenizer
 
 _SETTINGS = ("pooling_mode", "max_length", "doc_max_length", "skip_instruction")
-
-
-@dataclass(frozen=True)
-class TokenEmbeddings:
-    """The tokens of one text.
-
-    Attributes:
-        embeddings: (tokens, d) float32.
-        offsets: (tokens, 2) int64, the characters [first, last) of the text each token covers; first = last on tokens
-            that stand for none, such as an added begin token.
-        ids: (tokens,) int64.
-    """
-
-    embeddings: Tensor | np.ndarray
-    offsets: Tensor | np.ndarray
-    ids: Tensor | np.ndarray
 
 
 class LLM2Vec(nn.Module):

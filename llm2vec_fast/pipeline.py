@@ -52,6 +52,22 @@ class Request:
 
 
 @dataclass(frozen=True)
+class TokenEmbeddings:
+    """The tokens of one text.
+
+    Attributes:
+        embeddings: (tokens, d) float32.
+        offsets: (tokens, 2) int64, the characters [first, last) of the text each token covers; first = last on tokens
+            that stand for none, such as an added begin token.
+        ids: (tokens,) int64.
+    """
+
+    embeddings: Tensor | np.ndarray
+    offsets: Tensor | np.ndarray
+    ids: Tensor | np.ndarray
+
+
+@dataclass(frozen=True)
 class Row:
     """One text's result: its embedding (d,), or its token embeddings (tokens, d) with their offsets and ids."""
 
