@@ -229,7 +229,7 @@ def crossover(results: list[dict[str, Any]], width: int) -> str:
         if ratio > 1 >= lower:
             share = math.log(ratio) / (math.log(ratio) - math.log(lower))
             return f"d {width}: N ≈ {round(rows * (more / rows) ** share)}"
-    return f"d {width}: not between N {ratios[0][0]} and {ratios[-1][0]}" if ratios else ""
+    return f"d {width}: above N {ratios[-1][0]}" if ratios else ""
 
 
 def table(results: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -240,11 +240,15 @@ def table(results: list[dict[str, Any]]) -> list[dict[str, str]]:
         row = {"": result["case"]}
         for name in CONTENDERS:
             times = found[name]["seconds"] if name in found else []
-            row[f"{name}, s"] = f"{statistics.median(times):.2g}" if times else ""
+            row[f"{name}, s"] = _two_digits(statistics.median(times)) if times else ""
         for name in CONTENDERS:
             row[f"{name}, extra MiB"] = f"{found[name]['extra_mib']:.0f}" if name in found else ""
         rows.append(row)
     return rows
+
+
+def _two_digits(seconds: float) -> str:
+    return f"{seconds:.2g}" if seconds < 100 else f"{seconds:.0f}"
 
 
 def main() -> None:
@@ -278,7 +282,7 @@ def publish(results: list[dict[str, Any]], rounds: int) -> None:
     note = (
         f"N queries against N documents, forward and backward; memory beyond inputs and gradients; medians of {rounds} "
         f"turns (one, where a turn takes over {SLOW:.0f} s). Tiles are as fast as our whole matrix at {crossovers}; "
-        f"ours changes at N = {math.isqrt(WHOLE_BYTES['plain'] // 4)}. "
+        f"ours changes at N = {math.isqrt(WHOLE_BYTES['plain'] // 4)}, for a few times less memory. "
         f"{about['processor']}, {about['cores']} cores; torch {about['torch']}, sentence-transformers "
         f"{about['sentence-transformers']}; {about['date']}."
     )

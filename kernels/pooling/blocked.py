@@ -33,14 +33,15 @@ def pool_forward(hidden: Tensor, starts: Tensor, lengths: Tensor, skip: Tensor |
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
     if _one_by_one(hidden.shape[0], starts, mode):
         out = hidden.new_empty((starts.shape[0], hidden.shape[1]), dtype=accumulator)
+        counts = []
         for each, rows in zip(out.unbind(), _sequences(starts, lengths, skip), strict=True):
             part = hidden[rows]
-            if part.shape[0] == 0:
-                each.zero_()
-            elif mode == "mean":
-                torch.mean(part, 0, dtype=accumulator, out=each)
-            else:
-                torch.sum(part * _rising(part.shape[0], out)[:, None], 0, out=each)
+            counts.append(max(1, part.shape[0]))
+            if mode == "weighted_mean" and part.shape[0]:
+                part = part * _rising(part.shape[0], out)[:, None]
+            torch.sum(part, 0, dtype=accumulator, out=each)
+        if mode == "mean":
+            out.div_(counts[0] if len(counts) == 1 else out.new_tensor(counts)[:, None])
         return out
     plan = _plan(starts, lengths, skip, mode, accumulator)
     weighted = hidden.index_select(0, plan.rows).to(accumulator)
