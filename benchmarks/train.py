@@ -258,6 +258,7 @@ def summarise(stage: str, found: dict) -> list[dict[str, str]]:
     for name, row in rows.items():
         beside = row.get("our_seconds", row["seconds"])
         ratio = statistics.median(a / b for a, b in zip(row["seconds"], beside, strict=True))
+        steps = len(row["losses"])
         apart = np.abs(np.array(row["losses"]) - np.array(first["losses"]))
         table.append(
             {
@@ -266,11 +267,15 @@ def summarise(stage: str, found: dict) -> list[dict[str, str]]:
                 "time, × ours": f"{ratio:.2f}",
                 "memory above the weights": f"{row['above_weights_mib']:.0f} MiB",
                 "× ours": f"{row['above_weights_mib'] / first['above_weights_mib']:.2f}",
-                f"loss, last 5 of {len(row['losses'])} steps": f"{statistics.mean(row['losses'][-5:]):.3f}",
+                f"loss, last half of {steps} steps": _mean_and_error(row["losses"][steps // 2 :]),
                 "apart from ours, median (most)": f"{np.median(apart):.4f} ({apart.max():.4f})",
             }
         )
     return table
+
+
+def _mean_and_error(losses: list[float]) -> str:
+    return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses) / len(losses) ** 0.5:.3f}"
 
 
 def main() -> None:

@@ -49,11 +49,9 @@ def test_questions_find_the_functions_they_ask_for() -> None:
         encoder = LLM2Vec.from_pretrained(fetch(), NAME, merge_peft=True, doc_max_length=64, device="cpu")
     except FetchError as error:
         pytest.skip(str(error))
-    found = list(collect())
-    modules = {module for expected in QUESTIONS.values() for module in expected}
-    chosen = [x for number, x in enumerate(found) if number % 30 == 0 or x.id.split(".")[0] in modules]
-    documents = torch.as_tensor(encoder.encode([x.text for x in chosen], normalize=True))
+    found = list(collect())  # all of them: among a few, a wrong one that scores higher may be missing
+    documents = torch.as_tensor(encoder.encode([x.text for x in found], normalize=True))
     for question, expected in QUESTIONS.items():
         scores = documents @ torch.as_tensor(encoder.encode([question], normalize=True))[0]
-        hits = [chosen[i].id for i in scores.topk(3).indices]
+        hits = [found[i].id for i in scores.topk(3).indices]
         assert hits[0].split(".")[0] in expected, (question, hits)
