@@ -13,7 +13,14 @@ from benchmarks.codegen.compiling import TARGETS
 from benchmarks.codegen.measuring import Task, measure_all
 from benchmarks.codegen.report import page, problems, table
 from benchmarks.codegen.results import Results
-from benchmarks.codegen.variants import Allowance, allowance_for, families, recorded, variants_of
+from benchmarks.codegen.variants import (
+    Allowance,
+    allowance_for,
+    families,
+    most_instructions_of,
+    recorded,
+    variants_of,
+)
 
 
 def main() -> None:
@@ -65,12 +72,16 @@ def _compile(tasks: list[Task], results: Results, arguments: argparse.Namespace)
     return [
         f"{task.name} on {task.architecture}: {problem}"
         for task, row in rows.items()
-        for problem in problems(row, task.variant(), _allowed(task))
+        for problem in problems(row, task.variant(), _allowed(task), _most_instructions(task))
     ]
 
 
 def _allowed(task: Task) -> Allowance:
     return allowance_for(task.family, task.name, task.architecture, triton.__version__)
+
+
+def _most_instructions(task: Task) -> int | None:
+    return most_instructions_of(task.family, task.name, task.architecture)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,11 @@ class Entry:
     row: Row
 
 
-def problems(row: Row, variant: Variant, allowed: Allowance) -> list[str]:
-    """Why a row fails the gate, in words; empty where it passes."""
+def problems(row: Row, variant: Variant, allowed: Allowance, most_instructions: int | None = None) -> list[str]:
+    """Why a row fails the gate, in words; empty where it passes.
+
+    ``most_instructions``: of a warp, for a MFLOP of the inner loop.
+    """
     wrong = []
     loop = row.loop or {}
     if row.shared_bytes > SHARED_LIMIT[row.architecture]:
@@ -57,6 +60,8 @@ def problems(row: Row, variant: Variant, allowed: Allowance) -> list[str]:
         wrong.append(f"multiplies by {row.tensor_instruction or 'no tensor instruction'}, not {tensor}")
     if loop and row.stages > 1 and not loop.get("asynchronous") and not allowed.synchronous:
         wrong.append("copies nothing asynchronously in its loop")
+    if most_instructions is not None and not (row.instructions_per_mflop or float("inf")) <= most_instructions:
+        wrong.append(f"takes {row.instructions_per_mflop} instructions a MFLOP, {most_instructions} are allowed")
     wide = variant.wide if allowed.wide is None else allowed.wide
     if row.wide_share is not None and row.wide_share < wide:
         wrong.append(f"moves {row.wide_share:.0%} of its bytes 16 at a time, {wide:.0%} are asked for")

@@ -9,6 +9,8 @@ and may have
 
     ALLOWANCES: dict[tuple[str, ...], Allowance]    what the gate lets pass, and why: by (variant's name, architecture),
                                                     or also a release of Triton such as "3.6", which then comes first
+    MOST_INSTRUCTIONS: dict[tuple[str, str], int]   the most warp instructions a MFLOP that the gate lets pass, by
+                                                    (variant's name, architecture): a goal that others set
     RECORDED: tuple[Recorded, ...]                  figures of other people's kernels, printed beside ours
 
 Variants are made by the functions that a launch uses, so that what is compiled is what would run.
@@ -74,6 +76,11 @@ def allowance_for(family: str, name: str, architecture: str, triton: str) -> All
     known = getattr(family_module(family), "ALLOWANCES", {})
     release = ".".join(triton.split(".")[:2])
     return known.get((name, architecture, release)) or known.get((name, architecture), NOTHING)
+
+
+def most_instructions_of(family: str, name: str, architecture: str) -> int | None:
+    """The family's goal for a kernel's inner loop, where it has one."""
+    return getattr(family_module(family), "MOST_INSTRUCTIONS", {}).get((name, architecture))
 
 
 def recorded(names: list[str]) -> list[Recorded]:

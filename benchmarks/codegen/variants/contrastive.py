@@ -32,6 +32,7 @@ ALLOWANCES = {
     (f"contrastive-{which}-D1000-bfloat16", "sm_80"): _UNALIGNED
     for which in ("forward", "weights", "d-queries", "d-documents")
 }
+MOST_INSTRUCTIONS = {("contrastive-forward-D768-bfloat16", "sm_90"): 180}
 
 
 def side(dtype: torch.dtype, width: int = WIDTH, marks: torch.dtype = torch.int32, limit: bool = False) -> Side:

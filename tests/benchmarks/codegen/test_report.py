@@ -38,6 +38,14 @@ def test_each_fault_is_named(change, words):
     assert words in problem
 
 
+@pytest.mark.parametrize("found", [500.0, None])
+def test_a_longer_loop_than_its_goal_is_named(found):
+    row = replace(GOOD, instructions_per_mflop=found)
+    (problem,) = problems(row, VARIANT, NOTHING, most_instructions=499)
+    assert "499 are allowed" in problem
+    assert problems(GOOD, VARIANT, NOTHING, most_instructions=500) == []
+
+
 def test_narrow_accesses_of_an_element_wise_kernel_are_named():
     (problem,) = problems(COPY, replace(VARIANT, products="none", wide=0.95), NOTHING)
     assert "92%" in problem
@@ -61,11 +69,13 @@ def test_an_allowance_for_a_release_holds_only_there(monkeypatch):
 
 
 @pytest.mark.parametrize("family", families())
-def test_every_allowance_is_of_a_kernel_that_exists_and_has_a_reason(family):
+def test_every_allowance_and_goal_is_of_a_kernel_that_exists(family):
     module = family_module(family)
     for (name, architecture, *_release), allowed in getattr(module, "ALLOWANCES", {}).items():
         assert name in {variant.name for variant in module.all_variants(architecture)}
         assert allowed.reason
+    for name, architecture in getattr(module, "MOST_INSTRUCTIONS", {}):
+        assert name in {variant.name for variant in module.main_variants(architecture)}
 
 
 @pytest.mark.parametrize("family", families())
