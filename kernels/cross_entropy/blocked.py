@@ -40,18 +40,17 @@ def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> Stat
     weight_grad, slopes = gradients.weight, None
     if weight_grad is not None and problem.accumulator != weight_grad.dtype and step < count:
         slopes = _Slopes(weight_grad, min(count, weight_grad.shape[1]), _columns(count, buffer.numel()))
+    hidden = None if slopes is None else problem.taken(slice(None))  # all at once in the end
     forming = any(x is not None for x in (gradients.hidden, weight_grad, gradients.bias))
     sums = problem.weight.new_zeros(entries, dtype=problem.accumulator) if gradients.bias is not None else None
     parts = []
     for first in range(0, count, step):
         block = slice(first, min(count, first + step))
-        b_hidden = problem.taken(block)
+        b_hidden = problem.taken(block) if hidden is None else hidden[block]
         b_logits = _multiply(b_hidden, problem.weight, problem.bias, buffer[: b_hidden.shape[0]])
         parts.append(_soften(b_logits, problem, problem.labels[block], forming))
         if gradients.hidden is not None:
-            for part in _parts(b_hidden):
-                made = _multiply_on(b_logits[part], problem.weight).mul_(grad)
-                gradients.hidden.index_copy_(0, problem.rows[block][part], made)
+            _form_hidden(b_logits, problem.weight, grad, gradients.hidden, problem.rows[block])
         if slopes is not None:
             slopes.keep(first, b_logits)
         elif weight_grad is not None:
@@ -62,7 +61,7 @@ def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> Stat
         gradients.bias.copy_(sums.mul_(grad))
     statistics = Statistics.joined(parts)
     if slopes is not None:
-        _finish_weight(slopes, problem, statistics.lse, grad, buffer.view(-1))
+        _finish_weight(slopes, problem, hidden, statistics.lse, grad, buffer.view(-1))
     return statistics
 
 
@@ -94,10 +93,9 @@ class _Slopes:
             self.of(block)[first : first + kept.shape[0]] = kept[:, block]
 
 
-def _finish_weight(slopes: _Slopes, problem: Problem, lse: Tensor, grad: float, buffer: Tensor) -> None:
-    """The slopes become the weight's gradient, those of the rows that are not kept computed again."""
-    hidden, kept = problem.taken(slice(None)), slopes.rows
-    count = hidden.shape[0]
+def _finish_weight(slopes: _Slopes, problem: Problem, hidden: Tensor, lse: Tensor, grad: float, buffer: Tensor) -> None:
+    """The slopes become the weight's gradient, those of the rows (N, d) that are not kept computed again."""
+    count, kept = hidden.shape[0], slopes.rows
     if buffer.shape[0] < count * slopes.columns:
         buffer = buffer.new_empty(count * slopes.columns)
     lse, ones = lse[kept:], torch.ones_like(lse[kept:])
@@ -161,10 +159,12 @@ def _multiply_on(b_logits: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _parts(b_hidden: Tensor) -> list[slice]:
-    """The rows in slices of HIDDEN_BYTES."""
-    step = max(1, HIDDEN_BYTES // (b_hidden.shape[1] * b_hidden.element_size()))
-    return [slice(first, first + step) for first in range(0, b_hidden.shape[0], step)]
+def _form_hidden(b_slopes: Tensor, weight: Tensor, grad: float, out: Tensor, rows: Tensor) -> None:
+    """Write the gradient of some ``rows`` of the hidden states, HIDDEN_BYTES at once, from that of their logits."""
+    step = max(1, HIDDEN_BYTES // (weight.shape[1] * weight.element_size()))
+    for first in range(0, b_slopes.shape[0], step):
+        part = slice(first, first + step)
+        out.index_copy_(0, rows[part], _multiply_on(b_slopes[part], weight).mul_(grad))
 
 
 def _panels(weight: Tensor, size: int) -> list[slice]:
