@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.report import markdown_table
+from benchmarks.reproduce.questions import missed
 from benchmarks.reproduce.stages import ADAPTER, CONFIG, STAGES, seconds_of
 from benchmarks.reproduce.table import STS, rows
 from llm2vec_fast import adapters
@@ -53,7 +54,9 @@ STS-B, Spearman × 100, mean pooling, after each stage; nothing of it was traine
 - Masked next-token prediction and SimCSE: paragraphs of 206 English Wikipedia pages (CC BY-SA) that come with gensim's
   tests, and the sentences of nlp-corpus (MIT); for the former every other text with a space around words and marks.
 - Pairs: WordNet 3.1 (word and gloss, example and the same with a synonym), Wikipedia (title and first paragraph,
-  neighbouring sentences). Every text that equals one of STS-B or CoNLL-2003 was left out.
+  neighbouring sentences), and what TypeScript's library (Apache-2.0) and @types/node (MIT) say of the functions of
+  JavaScript, browsers and Node.js (name and description). Every text that equals one of STS-B or CoNLL-2003 was left
+  out.
 
 ## Settings
 
@@ -62,19 +65,34 @@ STS-B, Spearman × 100, mean pooling, after each stage; nothing of it was traine
 
 
 def release(folder: Path) -> None:
-    """Put the adapter into the library's own package, beside first and then renamed.
+    """Put the adapter into the library's own package, if it finds what the demo asks for; else the old one stays.
+
+    Either way it lies in the folder's ``release``, written beside first and then renamed.
 
     Raises:
         ValueError: it takes more than 10 MB.
+        FetchError: the model that is asked cannot be had.
     """
-    trained = folder / STAGES[-1]
-    if not (trained / ADAPTER).exists():
+    if not (folder / STAGES[-1] / ADAPTER).exists():
         return
+    candidate, package = folder / "release", Path(adapters.__file__).parent / CONFIG
+    _write(folder, candidate)
+    wrong = missed(candidate)
+    for question, hits in wrong.items():
+        print(f"{question!r} finds {', '.join(hits)}: the library keeps its adapter; this one is in {candidate}")
+    if not wrong:
+        with written_beside(package) as unfinished:
+            shutil.copytree(candidate, unfinished, dirs_exist_ok=True)
+
+
+def _write(folder: Path, candidate: Path) -> None:
+    """The last stage's adapter in float16, with its card."""
+    trained = folder / STAGES[-1]
     weights = {name: x.to(torch.float16).contiguous() for name, x in load_file(trained / ADAPTER).items()}
     size = sum(x.nbytes for x in weights.values())
     if size > MOST_BYTES:
         raise ValueError(f"the adapter takes {size:,} bytes, over {MOST_BYTES:,}: lower saved_rank")
-    with written_beside(Path(adapters.__file__).parent / CONFIG) as unfinished:
+    with written_beside(candidate) as unfinished:
         save_file(weights, unfinished / ADAPTER)
         for name in _KEPT:
             shutil.copy(trained / name, unfinished)

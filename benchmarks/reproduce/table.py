@@ -20,6 +20,8 @@ _PEER = "MiniLM-L6, for scale"
 def publish(folder: Path) -> None:
     """Write what is measured so far into benchmarks/results and the README: scores, curves, and each stage's log."""
     scores = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "scores").glob("*.json")}
+    if not scores:  # what was published stays
+        return
     minutes = {stage: round(seconds_of(stage, folder) / 60, 1) for stage in STAGES}
     logs = {stage: log for stage in STAGES if (log := _log(folder / stage))}
     for stage, log in logs.items():
