@@ -67,7 +67,7 @@ def choose(
     return Choice("blocked", problem or "Triton's interpreter is for tests: ask for it with backend='triton'")
 
 
-def choose_for(
+def backend_for(
     operation: str,
     requested: str,
     tensor: Tensor,
@@ -75,9 +75,11 @@ def choose_for(
     *,
     refused: Mapping[str, str] | None = None,
     preferred: Choice | None = None,
-) -> Choice:
-    """`choose` for the device that ``tensor`` lives on."""
-    return choose(operation, requested, tensor.device.type, implemented, refused=refused, preferred=preferred)
+) -> str:
+    """The backend that `choose` picks for the device that ``tensor`` lives on."""
+    if requested == "auto" and tensor.is_cpu and preferred is None and ENVIRONMENT_VARIABLE not in os.environ:
+        return "blocked"  # as below, in a third of the time, which one text's norms and gates would notice
+    return choose(operation, requested, tensor.device.type, implemented, refused=refused, preferred=preferred).backend
 
 
 def triton_problem(device: str) -> str | None:

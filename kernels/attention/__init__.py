@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_for
+from ..dispatch import backend_for
 from ..layout import SequenceLayout
 from . import flash
 from .blocked_operator import attention_blocked
@@ -78,9 +78,9 @@ def attention(
     _check_settings(window, softcap, scale, dropout_p)
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else scale
     offer = flash.offer(q, k, v, layout, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse)
-    choice = choose_for(
+    choice = backend_for(
         "attention", backend, q, _implemented(q.dtype, offer), refused=offer.refused, preferred=offer.preferred
-    ).backend
+    )
     settings = {"causal": causal, "window": window, "softcap": softcap, "scale": scale}
     if choice == "flash":
         out, lse = flash.attention_flash(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import Choice, choose_for
+from ..dispatch import Choice, choose
 from .operator import contrastive_operator
 from .reference import contrastive_reference
 from .rule import BOUNDED_SCALE, Rule
@@ -96,7 +96,7 @@ def contrastive_loss(
     implemented = tuple(name for name in _ALL if name not in missing)
     plain = positives is None and ids is None and rule.plain
     whole = _whole(queries, documents, plain, query_negatives) if group is None else None
-    choice = choose_for("contrastive_loss", backend, queries, implemented, preferred=whole)
+    choice = choose("contrastive_loss", backend, queries.device.type, implemented, preferred=whole)
     if group is not None:
         from .group import group_loss
 

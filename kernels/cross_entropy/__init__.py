@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..dispatch import choose_for
+from ..dispatch import backend_for
 from .operator import labelled, linear_cross_entropy_operator, refuse_wrong_labels, spread
 from .parallel import linear_cross_entropy_parallel
 from .reference import statistics_reference
@@ -101,7 +101,7 @@ def linear_cross_entropy(
     _check_dtypes(hidden, weight, bias)
     _check_settings(softcap, label_smoothing, z_loss, reduction)
     implemented = [x for x in _ALL if (x != "triton" or hidden.dtype != torch.float64) and (x != _ALL[0] or not group)]
-    choice = choose_for("linear_cross_entropy", backend, hidden, implemented).backend
+    choice = backend_for("linear_cross_entropy", backend, hidden, implemented)
     settings = {
         "ignore_index": ignore_index, "softcap": softcap, "smoothing": float(label_smoothing), "z_loss": float(z_loss),
         "reduction": reduction, "check": hidden.device.type == "cpu" if check_labels is None else check_labels,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import choose_for
+from ..dispatch import backend_for
 from .blocked import lora_linear_blocked
 from .reference import lora_linear_reference
 
@@ -49,7 +49,7 @@ def lora_linear(
     Source: LoRA (Hu et al., 2021, arXiv:2106.09685).
     """
     _check(x, weight, bias, down, up, dropout_p)
-    room = _ROOMS[choose_for("lora_linear", backend, x, _ROOMS).backend]
+    room = _ROOMS[backend_for("lora_linear", backend, x, _ROOMS)]
     return room(x, weight, bias, down, up, scaling, dropout_p)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as _unit_length
 
-from ..dispatch import choose_for
+from ..dispatch import backend_for
 from ..layout import SequenceLayout
 from .blocked import pool_forward
 from .operator import pool_direct, pool_operator
@@ -63,7 +63,7 @@ def pool(
         )
     mode = POOLING_MODES[mode]
     backends = ("reference", "blocked", "triton") if hidden.dtype != torch.float64 else ("reference", "blocked")
-    choice = choose_for("pool", backend, hidden, backends).backend
+    choice = backend_for("pool", backend, hidden, backends)
     compiling = torch.compiler.is_compiling()
     if choice == "reference":
         pooled = pool_reference(hidden, layout, mode, skip)

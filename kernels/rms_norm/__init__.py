@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_for
+from ..dispatch import backend_for
 from .blocked import rms_norm_forward
 from .operator import add_rms_norm_direct, add_rms_norm_operator, rms_norm_direct, rms_norm_operator
 from .reference import rms_norm_reference
@@ -54,7 +54,7 @@ def rms_norm(
         )
     refused = _refused(x)
     backends = ("reference", "blocked") if refused else ("reference", "blocked", "triton")
-    choice = choose_for("rms_norm", backend, x, backends, refused=refused).backend
+    choice = backend_for("rms_norm", backend, x, backends, refused=refused)
     compiling = torch.compiler.is_compiling()
     if choice == "reference":
         total = x if residual is None else x + residual
@@ -62,7 +62,7 @@ def rms_norm(
         return out if residual is None else (out, total)
     if choice == "blocked" and not torch.is_grad_enabled() and not compiling:
         total = x if residual is None else x + residual
-        out = rms_norm_forward(total.reshape(-1, x.shape[-1]), weight, eps, offset)[0].view(x.shape)
+        out, _ = rms_norm_forward(total, weight, eps, offset)
         return out if residual is None else (out, total)
     rows = x.reshape(-1, x.shape[-1])
     if residual is not None:

@@ -18,25 +18,32 @@ FEW_ELEMENTS = 128 * 1024
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """x (R, d), weight (d,) → normed (R, d), and 1 / √(mean square + eps) of each row (R, 1).
+    """x (…, d), weight (d,) → normed (…, d), and 1 / √(mean square + eps) of each row (…, 1).
 
     However many rows there are, each goes through the same operations: its bits do not depend on the others.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    factor = _factor(weight, offset, wide)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # reads x in its own dtype
-    scales = norm.square_().div_(x.shape[1]).add_(eps).rsqrt_()
-    if x.numel() <= FEW_ELEMENTS:
-        return torch.mul(x, scales).mul_(factor).to(x.dtype), scales
-    out = x.new_empty(x.shape)
-    scratch = x.new_empty(x[next(_blocks(x))].shape, dtype=wide)  # one for all: new memory costs page faults
+    scales = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    if x.numel() <= FEW_ELEMENTS and x.is_contiguous():
+        # The product reads a narrower weight as it is: to widen it before would be one call more.
+        exact = not offset and weight.dtype.itemsize <= wide.itemsize
+        normed = torch.mul(x, scales).mul_(weight if exact else _factor(weight, offset, wide))
+        return (normed if x.dtype == wide else normed.to(x.dtype)), scales
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _norm_blocks(*(each.reshape(-1, each.shape[-1]) for each in (x, scales, out)), _factor(weight, offset, wide))
+    return out, scales
+
+
+def _norm_blocks(x: Tensor, scales: Tensor, out: Tensor, factor: Tensor) -> None:
+    """out (R, d) becomes x (R, d) · scales (R, 1) · factor (d,), a block of rows at a time."""
+    scratch = x.new_empty(x[next(_blocks(x))].shape, dtype=factor.dtype)  # one for all: new memory costs page faults
     for rows in _blocks(x):
         block = x[rows]
-        if x.dtype == wide:
+        if x.dtype == factor.dtype:
             torch.mul(block, scales[rows], out=out[rows]).mul_(factor)
         else:
             out[rows] = scratch[: block.shape[0]].copy_(block).mul_(scales[rows]).mul_(factor)
-    return out, scales
 
 
 def rms_norm_backward(

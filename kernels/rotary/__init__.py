@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_for
+from ..dispatch import backend_for
 from .blocked import rotate_blocked
 from .operator import rotary_direct, rotary_operator
 from .reference import rotate_reference
@@ -48,7 +48,7 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> tup
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         backends = ("reference",)
         backend = "reference" if backend == "auto" else backend
-    choice = choose_for("rotary", backend, q, backends).backend
+    choice = backend_for("rotary", backend, q, backends)
     if choice == "reference":
         cos, sin = cos[:, None], sin[:, None]
         return rotate_reference(q, cos, sin), rotate_reference(k, cos, sin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_for
+from ..dispatch import backend_for
 from .blocked import swiglu_forward
 from .operator import swiglu_direct, swiglu_operator
 from .reference import ACTIVATIONS, swiglu_reference
@@ -40,7 +40,7 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str =
             f"gate is {tuple(gate.shape)} {gate.dtype}, up is {tuple(up.shape)} {up.dtype}: they must be equal"
         )
     backends = ("reference", "blocked", "triton") if gate.dtype != torch.float64 else ("reference", "blocked")
-    choice = choose_for("swiglu", backend, gate, backends).backend
+    choice = backend_for("swiglu", backend, gate, backends)
     if choice == "reference":
         return swiglu_reference(gate, up, activation)
     compiling = torch.compiler.is_compiling()

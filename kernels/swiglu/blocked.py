@@ -39,8 +39,8 @@ def swiglu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     out = gate.new_empty(gate.shape)
     for x, b_up, b_out in _blocks(gate, up, out):
         x = _wide(x)
-        sigmoid = torch.square(x).mul_(CUBIC).add_(LINEAR).mul_(x).sigmoid_()
-        torch.mul(sigmoid.mul_(x), _wide(b_up), out=b_out)
+        sigmoid = torch.addcmul(x.new_tensor(LINEAR), x, x, value=CUBIC).mul_(x).sigmoid_()
+        torch.mul(sigmoid.mul_(x), b_up, out=b_out)
     return out
 
 
