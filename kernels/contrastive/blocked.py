@@ -19,14 +19,14 @@ TILE_BYTES = 2 * 2**20
 PANEL_ROWS = 1024
 
 
-def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, bool]:
-    """The rows as they are, what to multiply them by (None: nothing), and that this is still to be done."""
+def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The rows as they are, 1 / the length each has, and what makes it one: the same. For dot products, None."""
     if not cosine:
-        return x, None, False
+        return x, None, None
     inverse = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     for block in row_blocks(x):
         inverse[block] = inverse_lengths(x[block].to(inverse.dtype))[:, 0]
-    return x, inverse, False
+    return x, inverse, inverse
 
 
 def negative_sums(x: Side, y: Side, scale: Tensor, columns: bool, bounded: bool) -> tuple[LogSum, LogSum | None]:

@@ -80,7 +80,7 @@ class Side:
 
     rows: Tensor  # (n, d)
     inverse: Tensor | None  # 1 / length of a row as the user gave it; None: rows are used as they are
-    ready: bool  # rows have length one already
+    stretch: Tensor | None  # what a row as it lies here is multiplied by to have length one; None: nothing
     marks: Tensor  # an entry whose row and column have the same mark is no negative
     first: int | None = None  # the marks count up from here; None: anything
     limit: Tensor | None = None  # the highest similarity of a negative
@@ -106,13 +106,13 @@ class Side:
 
     def tensors(self) -> dict[str, Tensor | None]:
         """Everything that has an element a row, by name."""
-        names = ("rows", "inverse", "marks", "limit", "peak", "rest", "weight")
+        names = ("rows", "inverse", "stretch", "marks", "limit", "peak", "rest", "weight")
         return {name: getattr(self, name) for name in names}
 
     def unit(self, rows: slice | Tensor) -> Tensor:
-        """(k, d) of the accumulator's dtype: rows as the similarity sees them; a copy, but for ready float32 rows."""
+        """(k, d) of the accumulator's dtype: rows as the similarity sees them; a copy, unless they are that already."""
         x = self.rows[rows].to(self.accumulator)
-        return x if self.ready or self.inverse is None else x * self.inverse[rows][:, None]
+        return x if self.stretch is None else x * self.stretch[rows][:, None]
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:

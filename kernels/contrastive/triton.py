@@ -36,21 +36,30 @@ ALIGNMENT = 16
 
 
 @triton.jit
-def _unit_rows_kernel(p_x, p_unit, p_inverse, stride_x, stride_u, width, BLOCK: tl.constexpr):
-    """One program: one row, brought to length one; first by a power of two, so that no square overflows."""
+def _power_of_two(x):
+    """One over the least power of two above x, exactly; that power lies between 2^-100 and 2^100."""
+    exponent = tl.minimum(tl.maximum(tl.floor(tl.log2(x)) + 1.0, -100.0), 100.0).to(tl.int32)
+    return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _level_rows_kernel(p_x, p_level, p_inverse, p_stretch, stride_x, stride_l, width, BLOCK: tl.constexpr):
+    """One program: one row, brought to a length of 1/2 to 1 by a power of two, which rounds nothing."""
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < width
     # [BLOCK]
     b_x = tl.load(p_x + row * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
     peak = tl.max(tl.abs(b_x), 0)
-    exponent = tl.where(peak > 0, tl.minimum(tl.maximum(tl.floor(tl.log2(peak)), -100.0), 100.0), 0.0)
-    shrink = tl.exp2(-exponent)
-    b_x = (b_x * shrink).to(tl.float64)  # an error of the length is one of every similarity of the row
-    inverse = tl.where(peak > 0, 1.0 / tl.sqrt(tl.sum(b_x * b_x, 0)), 0.0)
-    b_unit = (b_x * inverse).to(tl.float32)
-    tl.store(p_unit + row * stride_u + o_d, b_unit.to(p_unit.dtype.element_ty), mask=m_d)
-    tl.store(p_inverse + row, tl.minimum(inverse.to(tl.float32) * shrink, 3.0e38))
+    shrink = tl.where(peak > 0, _power_of_two(peak), 1.0)
+    b_x = b_x * shrink  # no square overflows now
+    b_wide = b_x.to(tl.float64)  # an error of the length is one of every similarity of the row
+    length = tl.sqrt(tl.sum(b_wide * b_wide, 0))
+    level = tl.where(peak > 0, _power_of_two(length.to(tl.float32)), 1.0)
+    stretch = tl.where(peak > 0, 1.0 / (length * level), 0.0).to(tl.float32)
+    tl.store(p_level + row * stride_l + o_d, (b_x * level).to(p_level.dtype.element_ty), mask=m_d)
+    tl.store(p_stretch + row, stretch)
+    tl.store(p_inverse + row, tl.minimum(stretch * level * shrink, 3.0e38))
 
 
 @triton.jit
@@ -63,11 +72,21 @@ def _tile_of(program, tiles_x, tiles_y):
     return first + within % members, within // members
 
 
+@triton.jit
+def _stretched(b_s, p_stretch_x, p_stretch_y, o_x, o_y, rows_x, rows_y, HAS_STRETCH: tl.constexpr):
+    """Similarities of unit rows from those of the rows as they lie; the same bits with x and y exchanged."""
+    if HAS_STRETCH:
+        b_stretch_x = tl.load(p_stretch_x + o_x, mask=o_x < rows_x, other=0.0)
+        b_stretch_y = tl.load(p_stretch_y + o_y, mask=o_y < rows_y, other=0.0)
+        b_s = b_s * (b_stretch_x[:, None] * b_stretch_y[None, :])
+    return b_s
+
+
 @triton.jit(do_not_specialize=["rows_x", "rows_y"])
-def _sums_kernel(p_x, p_y, p_mark_x, p_mark_y, p_limit, p_scale, p_peak, p_rest, stride_x, stride_y, rows_x, rows_y,
-                 HAS_LIMIT: tl.constexpr, BOUNDED: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
-                 PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-                 BLOCK_INNER: tl.constexpr):  # fmt: skip
+def _sums_kernel(p_x, p_y, p_stretch_x, p_stretch_y, p_mark_x, p_mark_y, p_limit, p_scale, p_peak, p_rest,
+                 stride_x, stride_y, rows_x, rows_y, HAS_STRETCH: tl.constexpr, HAS_LIMIT: tl.constexpr,
+                 BOUNDED: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+                 BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
     """One program: a tile. Writes log Σ e^z over its negatives for each of its rows, (tiles of columns, rows_x) each:
     peak and rest, see `LogSum`; no peak where e^z fits float32 as it is."""
     tiles_x = tl.cdiv(rows_x, BLOCK_ROWS)
@@ -81,6 +100,7 @@ def _sums_kernel(p_x, p_y, p_mark_x, p_mark_y, p_limit, p_scale, p_peak, p_rest,
     o_y = first_y + tl.arange(0, BLOCK_COLUMNS)
     m_x = o_x < rows_x
     m_y = o_y < rows_y
+    b_s = _stretched(b_s, p_stretch_x, p_stretch_y, o_x, o_y, rows_x, rows_y, HAS_STRETCH)
     b_mark_x = tl.load(p_mark_x + o_x, mask=m_x, other=0)
     b_mark_y = tl.load(p_mark_y + o_y, mask=m_y, other=0)
     m_negative = (b_mark_x[:, None] != b_mark_y[None, :]) & m_y[None, :]
@@ -110,15 +130,15 @@ def _weight(b_s, scale, b_peak, b_rest, b_weight, b_limit, HAS_LIMIT: tl.constex
 
 
 @triton.jit(do_not_specialize=["rows_x", "rows_y", "number_y"])
-def _weights_kernel(p_x, p_y, p_h, p_mark_x, p_mark_y, p_peak_x, p_peak_y, p_rest_x, p_rest_y, p_weight_x,
-                    p_weight_y, p_limit_x, p_limit_y, p_positive, p_gradient, p_scale, stride_x, stride_y, stride_h,
-                    rows_x, rows_y, number_y,
-                    HAS_LIMIT_X: tl.constexpr, HAS_LIMIT_Y: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-                    HAS_POSITIVE: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
-                    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-                    BLOCK_INNER: tl.constexpr):  # fmt: skip
-    """One program: a tile of H, the gradient of the similarities (over the scale), into the panel; zeros past the end,
-    so that nothing that reads whole tiles of the panel needs a mask."""
+def _weights_kernel(p_x, p_y, p_h, p_stretch_x, p_stretch_y, p_mark_x, p_mark_y, p_peak_x, p_peak_y, p_rest_x,
+                    p_rest_y, p_weight_x, p_weight_y, p_limit_x, p_limit_y, p_positive, p_gradient, p_scale,
+                    stride_x, stride_y, stride_h, rows_x, rows_y, number_y,
+                    HAS_STRETCH: tl.constexpr, HAS_LIMIT_X: tl.constexpr, HAS_LIMIT_Y: tl.constexpr,
+                    HAS_COLUMNS: tl.constexpr, HAS_POSITIVE: tl.constexpr, WIDTH: tl.constexpr,
+                    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                    BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
+    """One program: a tile of H, the gradient of the similarities (over the scale), into the panel, times what stretches
+    its row and its column; zeros past the end, so that nothing that reads whole tiles of the panel needs a mask."""
     tile_x, tile_y = _tile_of(tl.program_id(0), tl.cdiv(rows_x, BLOCK_ROWS), tl.cdiv(rows_y, BLOCK_COLUMNS))
     first_x = tile_x * BLOCK_ROWS
     first_y = tile_y * BLOCK_COLUMNS
@@ -129,6 +149,7 @@ def _weights_kernel(p_x, p_y, p_h, p_mark_x, p_mark_y, p_peak_x, p_peak_y, p_res
     o_y = first_y + tl.arange(0, BLOCK_COLUMNS)
     m_x = o_x < rows_x
     m_y = o_y < rows_y
+    b_s = _stretched(b_s, p_stretch_x, p_stretch_y, o_x, o_y, rows_x, rows_y, HAS_STRETCH)
     scale = tl.load(p_scale)
     b_limit = 0.0
     if HAS_LIMIT_X:
@@ -151,6 +172,7 @@ def _weights_kernel(p_x, p_y, p_h, p_mark_x, p_mark_y, p_peak_x, p_peak_y, p_res
         b_positive = tl.load(p_positive + o_x, mask=m_x, other=-1)
         b_gradient = tl.load(p_gradient + o_x, mask=m_x, other=0.0)
         b_h = tl.where(b_positive[:, None] == (number_y + o_y)[None, :], b_gradient[:, None], b_h)
+    b_h = _stretched(b_h, p_stretch_x, p_stretch_y, o_x, o_y, rows_x, rows_y, HAS_STRETCH)
     _store_tile(p_h, stride_h, first_x, first_y, b_h)
 
 
@@ -164,10 +186,12 @@ def _store_tile(p_matrix, stride, first, first_column, b_tile):
 
 
 @triton.jit(do_not_specialize=["rows", "inner_rows"])
-def _product_kernel(p_h, p_v, p_into, stride_h, stride_v, stride_i, rows, inner_rows,
-                    TRANSPOSED: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-                    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
-    """One program: a tile of into (rows, WIDTH) += h (rows, inner_rows) · v (inner_rows, WIDTH), or of hᵀ as stored.
+def _product_kernel(p_h, p_v, p_into, p_stretch, stride_h, stride_v, stride_i, rows, inner_rows,
+                    HAS_STRETCH: tl.constexpr, TRANSPOSED: tl.constexpr, WIDTH: tl.constexpr,
+                    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                    BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
+    """One program: a tile of into (rows, WIDTH) += h (rows, inner_rows) · v (inner_rows, WIDTH), or of hᵀ as stored,
+    each row over what stretches it.
 
     h is a panel: whole tiles, with zeros past its end.
     """
@@ -180,7 +204,7 @@ def _product_kernel(p_h, p_v, p_into, stride_h, stride_v, stride_i, rows, inner_
     m_into = (o_x < rows - first)[:, None] & (o_d < WIDTH - first_d)[None, :]
     p_into += first.to(tl.int64) * stride_i + first_d
     # [BLOCK_ROWS, BLOCK_COLUMNS]
-    b_sum = tl.load(p_into + (o_x * stride_i)[:, None] + o_d[None, :], mask=m_into, other=0.0)
+    b_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     for inner in range(0, inner_rows, BLOCK_INNER):
         step = inner + tl.full((), 0, tl.int32)
         if DESCRIPTORS:
@@ -206,24 +230,33 @@ def _product_kernel(p_h, p_v, p_into, stride_h, stride_v, stride_i, rows, inner_
                 p_panel = p_h + first.to(tl.int64) * stride_h + inner
                 b_h = tl.load(p_panel + (o_x * stride_h)[:, None] + o_k[None, :])
         b_sum = tl.dot(b_h, b_v, b_sum, input_precision=PRECISION)
-    tl.store(p_into + (o_x * stride_i)[:, None] + o_d[None, :], b_sum, mask=m_into)
+    if HAS_STRETCH:
+        b_stretch = tl.load(p_stretch + first + o_x, mask=o_x < rows - first, other=0.0)
+        b_sum = b_sum * tl.where(b_stretch > 0, 1.0 / b_stretch, 0.0)[:, None]
+    p_tile = p_into + (o_x * stride_i)[:, None] + o_d[None, :]
+    tl.store(p_tile, tl.load(p_tile, mask=m_into, other=0.0) + b_sum, mask=m_into)
 
 
-def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, bool]:
-    """Rows of length one in x's dtype, and 1 / the length each had; for dot products the rows as they are."""
+def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows in x's dtype brought to lengths of 1/2 to 1 without rounding, 1 / the length each had, and 1 / what it has.
+
+    Rows of length one would be rounded, and near a margin take similarities across it. For dot products the rows are as
+    given, and None.
+    """
     x = readable(x)
     if not cosine:
-        return x, None, False
+        return x, None, None
     rows, width = x.shape
     step = ALIGNMENT // x.element_size()
-    unit = x.new_empty((rows, -(-width // step) * step))[:, :width]
-    inverse = x.new_empty(rows, dtype=torch.float32)
+    level = x.new_empty((rows, -(-width // step) * step))[:, :width]
+    inverse, stretch = x.new_empty((2, rows), dtype=torch.float32)
     if rows:
         block = triton.next_power_of_2(width)
-        _unit_rows_kernel[(rows,)](
-            x, unit, inverse, x.stride(0), unit.stride(0), width, BLOCK=block, num_warps=4 if block <= 2048 else 8
-        )
-    return unit, inverse, True
+        _level_rows_kernel[(rows,)](
+            x, level, inverse, stretch, x.stride(0), level.stride(0), width,
+            BLOCK=block, num_warps=4 if block <= 2048 else 8,
+        )  # fmt: skip
+    return level, inverse, stretch
 
 
 def negative_sums(x: Side, y: Side, scale: Tensor, columns: bool, bounded: bool) -> tuple[LogSum, LogSum | None]:
@@ -265,9 +298,9 @@ def add_gradients(
         tiles = triton.cdiv(x.count, config.block_rows) * triton.cdiv(part.count, config.block_columns)
         _weights_kernel[(tiles,)](**arguments)
         if into_x is not None:
-            _add_product(h, part.rows, into_x, False)
+            _add_product(h, part.rows, into_x, x.stretch, False)
         if into_y is not None:
-            _add_product(h, x.rows, into_y[block], True)
+            _add_product(h, x.rows, into_y[block], part.stretch, True)
 
 
 def is_ruled(x: Side, y: Side) -> bool:
@@ -279,11 +312,11 @@ def _whole_tiles(count: int) -> int:
     return -(-count // LARGEST_TILE) * LARGEST_TILE
 
 
-def _add_product(h: Tensor, v: Tensor, into: Tensor, transposed: bool) -> None:
-    """into += h·v, or hᵀ·v."""
+def _add_product(h: Tensor, v: Tensor, into: Tensor, stretch: Tensor | None, transposed: bool) -> None:
+    """into += h·v, or hᵀ·v, each row over its ``stretch``."""
     config = configurations.product(h.dtype, architecture_of(h.device), v.shape[1])
     tiles = triton.cdiv(into.shape[0], config.block_rows) * triton.cdiv(into.shape[1], config.block_columns)
-    _product_kernel[(tiles,)](**product_arguments(h, v, into, transposed, config))
+    _product_kernel[(tiles,)](**product_arguments(h, v, into, stretch, transposed, config))
 
 
 def sums_arguments(
@@ -318,14 +351,17 @@ def weights_arguments(
     }  # fmt: skip
 
 
-def product_arguments(h: Tensor, v: Tensor, into: Tensor, transposed: bool, config: Configuration) -> dict[str, Any]:
+def product_arguments(
+    h: Tensor, v: Tensor, into: Tensor, stretch: Tensor | None, transposed: bool, config: Configuration
+) -> dict[str, Any]:
     """What `_product_kernel` is launched with, by name."""
     h_block = (config.block_inner, config.block_rows) if transposed else (config.block_rows, config.block_inner)
     v_block = (config.block_inner, config.block_columns)
     descriptors = config.descriptors and _copyable(h, v)
     return {
         "p_h": _readable(h, h_block, descriptors), "p_v": _readable(v, v_block, descriptors),
-        "p_into": into, "stride_h": h.stride(0), "stride_v": v.stride(0), "stride_i": into.stride(0),
+        "p_into": into, "p_stretch": stretch, "HAS_STRETCH": stretch is not None,
+        "stride_h": h.stride(0), "stride_v": v.stride(0), "stride_i": into.stride(0),
         "rows": into.shape[0], "inner_rows": v.shape[0], "TRANSPOSED": transposed, "WIDTH": v.shape[1],
         "DESCRIPTORS": descriptors, "PRECISION": _precision(h), **config.arguments(),
     }  # fmt: skip
@@ -336,6 +372,7 @@ def _pair_arguments(x: Side, y: Side, config: Configuration) -> dict[str, Any]:
     return {
         "p_x": _readable(x.rows, (config.block_rows, config.block_inner), descriptors),
         "p_y": _readable(y.rows, (config.block_columns, config.block_inner), descriptors),
+        "p_stretch_x": x.stretch, "p_stretch_y": y.stretch, "HAS_STRETCH": x.stretch is not None,
         "p_mark_x": x.marks, "p_mark_y": y.marks, "stride_x": x.rows.stride(0), "stride_y": y.rows.stride(0),
         "rows_x": x.count, "rows_y": y.count, "WIDTH": x.rows.shape[1], "DESCRIPTORS": descriptors,
         "PRECISION": _precision(x.rows), **config.arguments(),

@@ -39,7 +39,7 @@ def side(dtype: torch.dtype, width: int = WIDTH, marks: torch.dtype = torch.int3
     """Rows with all that any kernel asks of them."""
     values = torch.empty(ROWS)
     rows = torch.empty(ROWS, width, dtype=dtype)
-    return Side(rows, values, True, torch.empty(ROWS, dtype=marks), None, values if limit else None, *[values] * 3)
+    return Side(rows, values, values, torch.empty(ROWS, dtype=marks), None, values if limit else None, *[values] * 3)
 
 
 def forward(
@@ -71,7 +71,7 @@ def weights(
     settings = dict(WEIGHTS[rule])
     columns = settings.pop("columns", False)
     x, y = side(dtype, width, **settings), side(dtype, width, **settings)
-    y = y if columns else Side(y.rows, y.inverse, y.ready, y.marks)
+    y = y if columns else Side(y.rows, y.inverse, y.stretch, y.marks)
     config = config or configurations.weights(dtype, architecture, triton.is_ruled(x, y))
     positives = (torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS))
     panel = torch.empty(ROWS, triton.PANEL_COLUMNS, dtype=dtype)
@@ -89,19 +89,19 @@ def product(
     """The panel, or its transpose, times rows."""
     config = config or configurations.product(dtype, architecture, width)
     panel, rows = torch.empty(ROWS, ROWS, dtype=dtype), torch.empty(ROWS, width, dtype=dtype)
-    arguments = triton.product_arguments(panel, rows, torch.empty(ROWS, width), transposed, config)
+    arguments = triton.product_arguments(panel, rows, torch.empty(ROWS, width), torch.empty(ROWS), transposed, config)
     name = _name("d-documents" if transposed else "d-queries", width, dtype, "")
     return Variant(name, triton._product_kernel, arguments, _products(dtype))
 
 
-def unit_rows(dtype: torch.dtype = torch.bfloat16, width: int = WIDTH) -> Variant:
-    """Rows brought to length one."""
+def level_rows(dtype: torch.dtype = torch.bfloat16, width: int = WIDTH) -> Variant:
+    """Rows brought to lengths of about one."""
     x, block = torch.empty(ROWS, width, dtype=dtype), 1 << (width - 1).bit_length()
     arguments = {
-        "p_x": x, "p_unit": x, "p_inverse": torch.empty(ROWS), "stride_x": width, "stride_u": width, "width": width,
-        "BLOCK": block, "num_warps": 4, "num_stages": 1,
+        "p_x": x, "p_level": x, "p_inverse": torch.empty(ROWS), "p_stretch": torch.empty(ROWS), "stride_x": width,
+        "stride_l": width, "width": width, "BLOCK": block, "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
-    return Variant(_name("unit-rows", width, dtype, ""), triton._unit_rows_kernel, arguments, "none")
+    return Variant(_name("level-rows", width, dtype, ""), triton._level_rows_kernel, arguments, "none")
 
 
 def main_variants(architecture: str) -> list[Variant]:
@@ -121,7 +121,7 @@ def all_variants(architecture: str) -> list[Variant]:
         forward(architecture, dtype=torch.float32),
         weights(architecture, dtype=torch.float32),
         product(architecture, True, torch.float32),
-        unit_rows(),
+        level_rows(),
     ]
 
 

@@ -1,0 +1,25 @@
+"""Rows as the Triton kernels multiply them: of about one length, and as exact as they were given."""
+
+import pytest
+import torch
+
+from llm2vec_fast.kernels.contrastive.triton import prepared
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_are_brought_to_one_length_without_rounding(dtype):
+    sizes = torch.tensor([1.0, 1e-3, 999.0, 0.0] if dtype == torch.float16 else [1.0, 1e-36, 1e36, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (4, 40), generator=generator) * 2 - 1
+    x = ((0.5 + torch.rand(4, 40, generator=generator)) * signs * sizes[:, None]).to(dtype)
+    level, inverse, stretch = prepared(x, True)
+    exponents = (level[:3].double() / x[:3].double()).log2()
+    assert torch.equal(exponents, exponents[:, :1].round().expand_as(exponents))
+    lengths = level[:3].double().norm(dim=1)
+    assert bool(((lengths >= 0.5) & (lengths <= 1)).all())
+    torch.testing.assert_close(stretch[:3].double() * lengths, torch.ones_like(lengths), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        inverse[:3].double() * x[:3].double().norm(dim=1), torch.ones_like(lengths), rtol=1e-6, atol=0
+    )
+    assert not level[3].any()
+    assert stretch[3] == 0
