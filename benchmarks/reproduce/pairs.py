@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.fetch import interfaces, wikipedia, wordnet
+from benchmarks.fetch import wikipedia, wordnet
 from benchmarks.fetch.wordnet import Synset
 from benchmarks.reproduce.texts import evaluation_texts, normalised, split, write_lines
 
 _LEAST_WORDS = 4  # of an example or a gloss: shorter ones say little
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")  # of a name: "JSON", "Object", "file"
 _MOST = 20_000  # pairs of a kind, lest the most frequent be all there is
 
 
@@ -35,7 +34,6 @@ def data_sets() -> dict[str, list[Pair]]:
         "paraphrases": paraphrases(senses),
         "sections": sections(),
         "neighbours": neighbours(),
-        "interfaces": declared_interfaces(),
     }
     held_out = evaluation_texts()
     kept = {
@@ -82,18 +80,6 @@ def neighbours() -> Iterator[Pair]:
         for paragraph in section.paragraphs:
             sentences = [sentence for sentence in split(paragraph) if len(sentence.split()) >= _LEAST_WORDS]
             yield from (Pair(*two) for two in zip(sentences[::2], sentences[1::2], strict=False))
-
-
-def declared_interfaces() -> Iterator[Pair]:
-    """What a function or type of JavaScript belongs to and is called, as words, and what it does."""
-    for entry in interfaces.entries():
-        if len(entry.text.split()) >= _LEAST_WORDS:
-            yield Pair(": ".join(name_as_words(name) for name in (entry.owner, entry.name) if name), entry.text)
-
-
-def name_as_words(name: str) -> str:
-    """The words of a name in camel case or with underscores: "readFileSync" is "read file sync"."""
-    return " ".join(_WORD.findall(name)).lower()
 
 
 def _siblings(senses: list[Synset]) -> dict[str | None, list[Synset]]:

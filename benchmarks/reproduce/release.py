@@ -54,9 +54,7 @@ STS-B, Spearman × 100, mean pooling, after each stage; nothing of it was traine
 - Masked next-token prediction and SimCSE: paragraphs of 206 English Wikipedia pages (CC BY-SA) that come with gensim's
   tests, and the sentences of nlp-corpus (MIT); for the former every other text with a space around words and marks.
 - Pairs: WordNet 3.1 (word and gloss, example and the same with a synonym), Wikipedia (title and first paragraph,
-  neighbouring sentences), and what TypeScript's library (Apache-2.0) and @types/node (MIT) say of the functions of
-  JavaScript, browsers and Node.js (name and description). Every text that equals one of STS-B or CoNLL-2003 was left
-  out.
+  neighbouring sentences). Every text that equals one of STS-B or CoNLL-2003 was left out.
 
 ## Settings
 

@@ -19,8 +19,11 @@ TILE_BYTES = 2 * 2**20
 PANEL_ROWS = 1024
 
 
-def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The rows as they are, 1 / the length each has, and what makes it one: the same. For dot products, None."""
+def prepared(x: Tensor, cosine: bool, compared: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The rows as they are, 1 / the length each has, and what makes it one: the same. For dot products, None.
+
+    Whether similarities are ``compared`` with a margin changes nothing here, but how their products are made.
+    """
     if not cosine:
         return x, None, None
     inverse = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))

@@ -60,14 +60,14 @@ def problem_of(
     first: int = 0,
 ) -> Problem:
     """Documents are numbered from ``first``: the numbers are their marks where there are no ids."""
-    room = room_of(backend)
+    room, compared = room_of(backend), rule.margin is not None
     count, device = documents.shape[0], documents.device
     counted = first if ids is None else None
     marks = torch.arange(first, first + count, device=device, dtype=torch.int32) if ids is None else ids
     in_order = torch.arange(queries.shape[0], device=device) if positives is None else positives
     return Problem(
-        Side(*room.prepared(queries, rule.cosine), marks[in_order], counted if positives is None else None),
-        Side(*room.prepared(documents, rule.cosine), marks, counted),
+        Side(*room.prepared(queries, rule.cosine, compared), marks[in_order], counted if positives is None else None),
+        Side(*room.prepared(documents, rule.cosine, compared), marks, counted),
         in_order,
         scale,
         rule,

@@ -43,8 +43,9 @@ def _power_of_two(x):
 
 
 @triton.jit
-def _level_rows_kernel(p_x, p_level, p_inverse, p_stretch, stride_x, stride_l, width, BLOCK: tl.constexpr):
-    """One program: one row, brought to a length of 1/2 to 1 by a power of two, which rounds nothing."""
+def _level_rows_kernel(p_x, p_level, p_inverse, p_stretch, stride_x, stride_l, width,
+                       HAS_STRETCH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One program: one row, brought to a length of 1/2 to 1 by a power of two, which rounds nothing, or to one."""
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < width
@@ -56,10 +57,14 @@ def _level_rows_kernel(p_x, p_level, p_inverse, p_stretch, stride_x, stride_l, w
     b_wide = b_x.to(tl.float64)  # an error of the length is one of every similarity of the row
     length = tl.sqrt(tl.sum(b_wide * b_wide, 0))
     level = tl.where(peak > 0, _power_of_two(length.to(tl.float32)), 1.0)
-    stretch = tl.where(peak > 0, 1.0 / (length * level), 0.0).to(tl.float32)
-    tl.store(p_level + row * stride_l + o_d, (b_x * level).to(p_level.dtype.element_ty), mask=m_d)
-    tl.store(p_stretch + row, stretch)
-    tl.store(p_inverse + row, tl.minimum(stretch * level * shrink, 3.0e38))
+    stretch = tl.where(peak > 0, 1.0 / (length * level), 0.0)
+    b_level = b_x * level
+    if HAS_STRETCH:
+        tl.store(p_stretch + row, stretch)
+    else:
+        b_level = (b_level.to(tl.float64) * stretch).to(tl.float32)
+    tl.store(p_level + row * stride_l + o_d, b_level.to(p_level.dtype.element_ty), mask=m_d)
+    tl.store(p_inverse + row, tl.minimum(stretch.to(tl.float32) * level * shrink, 3.0e38))
 
 
 @triton.jit
@@ -204,7 +209,10 @@ def _product_kernel(p_h, p_v, p_into, p_stretch, stride_h, stride_v, stride_i, r
     m_into = (o_x < rows - first)[:, None] & (o_d < WIDTH - first_d)[None, :]
     p_into += first.to(tl.int64) * stride_i + first_d
     # [BLOCK_ROWS, BLOCK_COLUMNS]
-    b_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    b_sum = tl.load(p_into + (o_x * stride_i)[:, None] + o_d[None, :], mask=m_into, other=0.0)
+    if HAS_STRETCH:
+        b_stretch = tl.load(p_stretch + first + o_x, mask=o_x < rows - first, other=0.0)
+        b_sum = b_sum * b_stretch[:, None]
     for inner in range(0, inner_rows, BLOCK_INNER):
         step = inner + tl.full((), 0, tl.int32)
         if DESCRIPTORS:
@@ -233,15 +241,14 @@ def _product_kernel(p_h, p_v, p_into, p_stretch, stride_h, stride_v, stride_i, r
     if HAS_STRETCH:
         b_stretch = tl.load(p_stretch + first + o_x, mask=o_x < rows - first, other=0.0)
         b_sum = b_sum * tl.where(b_stretch > 0, 1.0 / b_stretch, 0.0)[:, None]
-    p_tile = p_into + (o_x * stride_i)[:, None] + o_d[None, :]
-    tl.store(p_tile, tl.load(p_tile, mask=m_into, other=0.0) + b_sum, mask=m_into)
+    tl.store(p_into + (o_x * stride_i)[:, None] + o_d[None, :], b_sum, mask=m_into)
 
 
-def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows in x's dtype brought to lengths of 1/2 to 1 without rounding, 1 / the length each had, and 1 / what it has.
+def prepared(x: Tensor, cosine: bool, compared: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows of length one in x's dtype, and 1 / the length each had; for dot products the rows as they are.
 
-    Rows of length one would be rounded, and near a margin take similarities across it. For dot products the rows are as
-    given, and None.
+    Rounding such rows to 16 bits would take similarities across the margin that they are ``compared`` with: there rows
+    are brought to lengths of 1/2 to 1, which rounds nothing, and what makes it one comes last.
     """
     x = readable(x)
     if not cosine:
@@ -249,12 +256,13 @@ def prepared(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor | None, Tensor | N
     rows, width = x.shape
     step = ALIGNMENT // x.element_size()
     level = x.new_empty((rows, -(-width // step) * step))[:, :width]
-    inverse, stretch = x.new_empty((2, rows), dtype=torch.float32)
+    inverse = x.new_empty(rows, dtype=torch.float32)
+    stretch = torch.empty_like(inverse) if compared and x.element_size() == 2 else None
     if rows:
         block = triton.next_power_of_2(width)
         _level_rows_kernel[(rows,)](
             x, level, inverse, stretch, x.stride(0), level.stride(0), width,
-            BLOCK=block, num_warps=4 if block <= 2048 else 8,
+            HAS_STRETCH=stretch is not None, BLOCK=block, num_warps=4 if block <= 2048 else 8,
         )  # fmt: skip
     return level, inverse, stretch
 
@@ -265,7 +273,7 @@ def negative_sums(x: Side, y: Side, scale: Tensor, columns: bool, bounded: bool)
 
 
 def _row_sums(x: Side, y: Side, scale: Tensor, bounded: bool) -> LogSum:
-    config = configurations.sums(x.rows.dtype, architecture_of(x.rows.device), x.rows.shape[1])
+    config = configurations.sums(x.rows.dtype, architecture_of(x.rows.device), x.rows.shape[1], x.limit is not None)
     tiles = triton.cdiv(y.count, config.block_columns)
     step = max(1, PARTIAL_BYTES // (8 * tiles * config.block_rows)) * config.block_rows
     sums = []
@@ -289,7 +297,7 @@ def add_gradients(
 ) -> None:
     """As `blocked.add_gradients`, a panel at a time."""
     architecture = architecture_of(x.rows.device)
-    config = configurations.weights(x.rows.dtype, architecture, is_ruled(x, y))
+    config = configurations.weights(x.rows.dtype, architecture, is_ruled(x, y), x.limit is not None)
     panel = x.rows.new_empty(tuple(_whole_tiles(n) for n in (x.count, min(PANEL_COLUMNS, y.count))))
     for block in blocks(y.count, PANEL_COLUMNS):
         part = y.part(block)
@@ -314,7 +322,7 @@ def _whole_tiles(count: int) -> int:
 
 def _add_product(h: Tensor, v: Tensor, into: Tensor, stretch: Tensor | None, transposed: bool) -> None:
     """into += h·v, or hᵀ·v, each row over its ``stretch``."""
-    config = configurations.product(h.dtype, architecture_of(h.device), v.shape[1])
+    config = configurations.product(h.dtype, architecture_of(h.device), v.shape[1], stretch is not None)
     tiles = triton.cdiv(into.shape[0], config.block_rows) * triton.cdiv(into.shape[1], config.block_columns)
     _product_kernel[(tiles,)](**product_arguments(h, v, into, stretch, transposed, config))
 

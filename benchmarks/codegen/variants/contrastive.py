@@ -39,7 +39,8 @@ def side(dtype: torch.dtype, width: int = WIDTH, marks: torch.dtype = torch.int3
     """Rows with all that any kernel asks of them."""
     values = torch.empty(ROWS)
     rows = torch.empty(ROWS, width, dtype=dtype)
-    return Side(rows, values, values, torch.empty(ROWS, dtype=marks), None, values if limit else None, *[values] * 3)
+    stretch = values if limit and dtype.itemsize == 2 else None
+    return Side(rows, values, stretch, torch.empty(ROWS, dtype=marks), None, values if limit else None, *[values] * 3)
 
 
 def forward(
@@ -52,7 +53,7 @@ def forward(
     """The softmax denominators."""
     settings = dict(FORWARD[rule])
     bounded = settings.pop("bounded")
-    config = config or configurations.sums(dtype, architecture, width)
+    config = config or configurations.sums(dtype, architecture, width, "limit" in settings)
     x, y = side(dtype, width, **settings), side(dtype, width, **settings)
     arguments = triton.sums_arguments(
         x, y, torch.empty(()), torch.empty(1, ROWS), torch.empty(1, ROWS), bounded, config
@@ -72,7 +73,7 @@ def weights(
     columns = settings.pop("columns", False)
     x, y = side(dtype, width, **settings), side(dtype, width, **settings)
     y = y if columns else Side(y.rows, y.inverse, y.stretch, y.marks)
-    config = config or configurations.weights(dtype, architecture, triton.is_ruled(x, y))
+    config = config or configurations.weights(dtype, architecture, triton.is_ruled(x, y), x.limit is not None)
     positives = (torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS))
     panel = torch.empty(ROWS, triton.PANEL_COLUMNS, dtype=dtype)
     arguments = triton.weights_arguments(x, y, panel, torch.empty(()), positives, 0, config)
@@ -85,23 +86,26 @@ def product(
     dtype: torch.dtype = torch.bfloat16,
     width: int = WIDTH,
     config: Configuration | None = None,
+    margin: bool = False,
 ) -> Variant:
-    """The panel, or its transpose, times rows."""
-    config = config or configurations.product(dtype, architecture, width)
+    """The panel, or its transpose, times rows; with a margin, rows that are to be stretched."""
+    config = config or configurations.product(dtype, architecture, width, margin)
     panel, rows = torch.empty(ROWS, ROWS, dtype=dtype), torch.empty(ROWS, width, dtype=dtype)
-    arguments = triton.product_arguments(panel, rows, torch.empty(ROWS, width), torch.empty(ROWS), transposed, config)
-    name = _name("d-documents" if transposed else "d-queries", width, dtype, "")
+    stretch = torch.empty(ROWS) if margin else None
+    arguments = triton.product_arguments(panel, rows, torch.empty(ROWS, width), stretch, transposed, config)
+    name = _name("d-documents" if transposed else "d-queries", width, dtype, "margin" if margin else "")
     return Variant(name, triton._product_kernel, arguments, _products(dtype))
 
 
-def level_rows(dtype: torch.dtype = torch.bfloat16, width: int = WIDTH) -> Variant:
-    """Rows brought to lengths of about one."""
+def level_rows(margin: bool, dtype: torch.dtype = torch.bfloat16, width: int = WIDTH) -> Variant:
+    """Rows brought to length one; with a margin, to lengths of 1/2 to 1."""
     x, block = torch.empty(ROWS, width, dtype=dtype), 1 << (width - 1).bit_length()
     arguments = {
         "p_x": x, "p_level": x, "p_inverse": torch.empty(ROWS), "p_stretch": torch.empty(ROWS), "stride_x": width,
-        "stride_l": width, "width": width, "BLOCK": block, "num_warps": 4, "num_stages": 1,
+        "stride_l": width, "width": width, "HAS_STRETCH": margin, "BLOCK": block, "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
-    return Variant(_name("level-rows", width, dtype, ""), triton._level_rows_kernel, arguments, "none")
+    name = _name("unit-rows", width, dtype, "margin" if margin else "")
+    return Variant(name, triton._level_rows_kernel, arguments, "none")
 
 
 def main_variants(architecture: str) -> list[Variant]:
@@ -115,13 +119,15 @@ def all_variants(architecture: str) -> list[Variant]:
         *main_variants(architecture),
         *(forward(architecture, rule) for rule in FORWARD if rule),
         *(weights(architecture, rule) for rule in WEIGHTS if rule),
+        *(product(architecture, transposed, margin=True) for transposed in (False, True)),
         forward(architecture, width=1000),
         weights(architecture, width=1000),
         *(product(architecture, transposed, width=1000) for transposed in (False, True)),
         forward(architecture, dtype=torch.float32),
         weights(architecture, dtype=torch.float32),
         product(architecture, True, torch.float32),
-        level_rows(),
+        level_rows(False),
+        level_rows(True),
     ]
 
 
