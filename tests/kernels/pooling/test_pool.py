@@ -222,3 +222,10 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_float64_on_triton_is_refused():
     with pytest.raises(BackendUnavailableError, match="pool has no 'triton' implementation"):
         pool(torch.zeros(7, 4).double(), SequenceLayout.from_lengths([4, 3]), backend="triton")
+
+
+@pytest.mark.parametrize("mode", sorted(set(POOLING_MODES.values())))
+def test_one_text_that_is_all_padding_gives_zeros(mode):
+    layout = SequenceLayout.from_attention_mask(torch.zeros(1, 20, dtype=torch.long))
+    with torch.inference_mode():
+        assert torch.equal(pool(torch.randn(20, 4), layout, mode), torch.zeros(1, 4))
