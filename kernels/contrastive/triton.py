@@ -21,6 +21,7 @@ from ..triton_math import LN_2, LOG2_E, dot_rows
 from . import configurations
 from .configurations import Configuration
 from .rule import LogSum, Side, blocks
+from .triton_rows import ALIGNMENT, unit_rows
 
 # A maximum that is finite whatever the similarities never meets −inf − −inf.
 LOWEST = tl.constexpr(-1.5e38)
@@ -32,39 +33,6 @@ PANEL_COLUMNS = 4096
 # What the tiles say of the rows, before it is joined: rows beyond it wait for another launch.
 PARTIAL_BYTES = 32 * 2**20
 LARGEST_TILE = 256  # rows and columns of a panel are a multiple of those of every tile
-ALIGNMENT = 16
-
-
-@triton.jit
-def _power_of_two(x):
-    """One over the least power of two above x, exactly; that power lies between 2^-100 and 2^100."""
-    exponent = tl.minimum(tl.maximum(tl.floor(tl.log2(x)) + 1.0, -100.0), 100.0).to(tl.int32)
-    return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _level_rows_kernel(p_x, p_level, p_inverse, p_stretch, stride_x, stride_l, width,
-                       HAS_STRETCH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One program: one row, brought to a length of 1/2 to 1 by a power of two, which rounds nothing, or to one."""
-    row = tl.program_id(0).to(tl.int64)
-    o_d = tl.arange(0, BLOCK)
-    m_d = o_d < width
-    # [BLOCK]
-    b_x = tl.load(p_x + row * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
-    peak = tl.max(tl.abs(b_x), 0)
-    shrink = tl.where(peak > 0, _power_of_two(peak), 1.0)
-    b_x = b_x * shrink  # no square overflows now
-    b_wide = b_x.to(tl.float64)  # an error of the length is one of every similarity of the row
-    length = tl.sqrt(tl.sum(b_wide * b_wide, 0))
-    level = tl.where(peak > 0, _power_of_two(length.to(tl.float32)), 1.0)
-    stretch = tl.where(peak > 0, 1.0 / (length * level), 0.0)
-    b_level = b_x * level
-    if HAS_STRETCH:
-        tl.store(p_stretch + row, stretch)
-    else:
-        b_level = (b_level.to(tl.float64) * stretch).to(tl.float32)
-    tl.store(p_level + row * stride_l + o_d, b_level.to(p_level.dtype.element_ty), mask=m_d)
-    tl.store(p_inverse + row, tl.minimum(stretch.to(tl.float32) * level * shrink, 3.0e38))
 
 
 @triton.jit
@@ -245,26 +213,9 @@ def _product_kernel(p_h, p_v, p_into, p_stretch, stride_h, stride_v, stride_i, r
 
 
 def prepared(x: Tensor, cosine: bool, compared: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows of length one in x's dtype, and 1 / the length each had; for dot products the rows as they are.
-
-    Rounding such rows to 16 bits would take similarities across the margin that they are ``compared`` with: there rows
-    are brought to lengths of 1/2 to 1, which rounds nothing, and what makes it one comes last.
-    """
+    """As `blocked.prepared`, of length one already, or levelled where they are ``compared`` in 16 bits."""
     x = readable(x)
-    if not cosine:
-        return x, None, None
-    rows, width = x.shape
-    step = ALIGNMENT // x.element_size()
-    level = x.new_empty((rows, -(-width // step) * step))[:, :width]
-    inverse = x.new_empty(rows, dtype=torch.float32)
-    stretch = torch.empty_like(inverse) if compared and x.element_size() == 2 else None
-    if rows:
-        block = triton.next_power_of_2(width)
-        _level_rows_kernel[(rows,)](
-            x, level, inverse, stretch, x.stride(0), level.stride(0), width,
-            HAS_STRETCH=stretch is not None, BLOCK=block, num_warps=4 if block <= 2048 else 8,
-        )  # fmt: skip
-    return level, inverse, stretch
+    return unit_rows(x, compared and x.element_size() == 2) if cosine else (x, None, None)
 
 
 def negative_sums(x: Side, y: Side, scale: Tensor, columns: bool, bounded: bool) -> tuple[LogSum, LogSum | None]:

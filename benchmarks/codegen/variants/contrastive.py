@@ -11,6 +11,7 @@ from benchmarks.codegen.variants import Allowance, Recorded
 from llm2vec_fast.kernels.contrastive import configurations, triton
 from llm2vec_fast.kernels.contrastive.configurations import Configuration
 from llm2vec_fast.kernels.contrastive.rule import Side
+from llm2vec_fast.kernels.contrastive.triton_rows import level_rows_kernel
 
 ROWS, WIDTH = 4096, 768
 # forward: the rule that most users have, a fixed scale on cosines; then a running maximum, for all others.
@@ -105,7 +106,7 @@ def level_rows(margin: bool, dtype: torch.dtype = torch.bfloat16, width: int = W
         "stride_l": width, "width": width, "HAS_STRETCH": margin, "BLOCK": block, "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
     name = _name("unit-rows", width, dtype, "margin" if margin else "")
-    return Variant(name, triton._level_rows_kernel, arguments, "none")
+    return Variant(name, level_rows_kernel, arguments, "none")
 
 
 def main_variants(architecture: str) -> list[Variant]:
