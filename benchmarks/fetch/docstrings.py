@@ -77,10 +77,11 @@ def _from_source(root: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if NOT_LIBRARY.isdisjoint(parts):
-            yield from _of_file(path, ".".join(parts).removesuffix(".__init__"))
+            yield from of_file(path, ".".join(parts).removesuffix(".__init__"))
 
 
-def _of_file(path: Path, module: str) -> Iterator[tuple[str, str]]:
+def of_file(path: Path, module: str) -> Iterator[tuple[str, str]]:
+    """Where each docstring of a file stands, and the docstring, or "" where there is none; the file is not run."""
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:  # templates and samples of older Pythons lie among the modules

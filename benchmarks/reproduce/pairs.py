@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.fetch import wikipedia, wordnet
+from benchmarks.fetch import docstrings, libraries, wikipedia, wordnet
 from benchmarks.fetch.wordnet import Synset
 from benchmarks.reproduce.texts import evaluation_texts, normalised, split, write_lines
 
 _LEAST_WORDS = 4  # of an example or a gloss: shorter ones say little
-_MOST = 20_000  # pairs of a kind, lest the most frequent be all there is
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")  # of a name: "JSON", "Object", "file"
+_LONGEST = 300  # characters of a docstring: about as many tokens as the demo reads
+_MOST = 10_000  # pairs of a kind, lest the most frequent be all there is
 
 
 class Pair(NamedTuple):
@@ -27,19 +29,18 @@ class Pair(NamedTuple):
 
 
 def data_sets() -> dict[str, list[Pair]]:
-    """The kinds of pairs by name, shuffled, without any text that a score is computed on."""
+    """The kinds of pairs by name, shuffled, without any sentence that a score is computed on or the demo searches."""
     senses = list(wordnet.synsets())
     found = {
         "glosses": glosses(senses),
         "paraphrases": paraphrases(senses),
         "sections": sections(),
         "neighbours": neighbours(),
+        "functions": functions(),
+        "remarks": remarks(),
     }
-    held_out = evaluation_texts()
-    kept = {
-        name: [pair for pair in pairs if held_out.isdisjoint(normalised(text) for text in pair if text)]
-        for name, pairs in found.items()
-    }
+    held_out = evaluation_texts() | searched_texts()
+    kept = {name: [pair for pair in pairs if held_out.isdisjoint(_parts(*pair))] for name, pairs in found.items()}
     return {name: random.Random(0).sample(pairs, min(_MOST, len(pairs))) for name, pairs in kept.items()}
 
 
@@ -80,6 +81,38 @@ def neighbours() -> Iterator[Pair]:
         for paragraph in section.paragraphs:
             sentences = [sentence for sentence in split(paragraph) if len(sentence.split()) >= _LEAST_WORDS]
             yield from (Pair(*two) for two in zip(sentences[::2], sentences[1::2], strict=False))
+
+
+def functions() -> Iterator[Pair]:
+    """What a function or class belongs to and is called, as words, and its docstring, which says more than that."""
+    for entry in libraries.entries():
+        name = f"{name_as_words(entry.owner)}: {name_as_words(entry.name)}"
+        yield Pair(name, f"{entry.summary}\n\n{entry.rest}".strip()[:_LONGEST])
+
+
+def remarks() -> Iterator[Pair]:
+    """How a docstring begins, and what it goes on with."""
+    for entry in libraries.entries():
+        if len(entry.rest.split()) >= _LEAST_WORDS:
+            yield Pair(entry.summary, entry.rest[:_LONGEST])
+
+
+def name_as_words(name: str) -> str:
+    """The words of a name in camel case or with underscores: "readFileSync" is "read file sync"."""
+    return " ".join(_WORD.findall(name)).lower()
+
+
+def searched_texts() -> set[str]:
+    """What the demo searches, as `_parts` has it: libraries quote Python's own docstrings."""
+    return {part for docstring in docstrings.collect() for part in _parts(docstring.text)}
+
+
+def _parts(*texts: str | None) -> Iterator[str]:
+    """Texts, and the paragraphs and sentences of each that are more than a few words, normalised."""
+    for text in filter(None, texts):
+        yield normalised(text)
+        for prose in map(libraries.prose, text.split("\n\n")):
+            yield from (normalised(part) for part in (prose, *split(prose)) if len(part.split()) >= _LEAST_WORDS)
 
 
 def _siblings(senses: list[Synset]) -> dict[str | None, list[Synset]]:

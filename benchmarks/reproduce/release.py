@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.fetch.libraries import PACKAGES
 from benchmarks.report import markdown_table
 from benchmarks.reproduce.questions import missed
 from benchmarks.reproduce.stages import ADAPTER, CONFIG, STAGES, seconds_of
@@ -54,7 +55,11 @@ STS-B, Spearman × 100, mean pooling, after each stage; nothing of it was traine
 - Masked next-token prediction and SimCSE: paragraphs of 206 English Wikipedia pages (CC BY-SA) that come with gensim's
   tests, and the sentences of nlp-corpus (MIT); for the former every other text with a space around words and marks.
 - Pairs: WordNet 3.1 (word and gloss, example and the same with a synonym), Wikipedia (title and first paragraph,
-  neighbouring sentences). Every text that equals one of STS-B or CoNLL-2003 was left out.
+  neighbouring sentences), and Python libraries (a function's name and its docstring, how one begins and what it goes on
+  with): {libraries}
+  (MIT, BSD, ISC, Apache-2.0).
+- Left out: every text that equals one of STS-B or CoNLL-2003, and every pair with a sentence of theirs or of Python's
+  own docstrings, which `make demo` searches.
 
 ## Settings
 
@@ -112,7 +117,8 @@ def _card(folder: Path, rank: int) -> str:
     }
     settings = [f"    # {stage}\n{textwrap.indent(_settings(stage), ' ' * 4)}" for stage in STAGES]
     return _CARD.format(
-        base=BASE, config=CONFIG, rank=rank, hours=sum(seconds_of(stage, folder) for stage in STAGES) / 3600,
+        base=BASE, config=CONFIG, rank=rank, libraries=", ".join(package.name for package in PACKAGES),
+        hours=sum(seconds_of(stage, folder) for stage in STAGES) / 3600,
         scores=markdown_table([{name: row[name] for name in ("", STS)} for row in rows(scores)]),
         settings="\n\n".join(settings),
     )  # fmt: skip

@@ -59,6 +59,24 @@ def test_the_files_asked_for_are_kept_and_fetched_once(manager: str, downloads: 
     assert downloads == ["some-texts"]
 
 
+@pytest.mark.parametrize("manager", ["pip", "pip-source"])
+def test_files_stay_in_their_folders_where_names_may_repeat(manager: str, downloads: list[str]) -> None:
+    kept = {"some/texts/a.txt": b"one", "some/texts/b.txt": b"two", "some/texts/deeper/a.txt": b"another"}
+    digest = hashlib.sha256(b"".join(name.encode() + b"\0" + content for name, content in kept.items())).hexdigest()
+    folder = fetch(replace(PACKAGE, manager=manager, files="*.txt", sha256=digest, in_folders=True))
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.txt")}
+    assert found == kept
+
+
+def test_a_file_that_would_lie_elsewhere_is_refused(
+    cache: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FILES, "../../elsewhere.txt", b"")
+    with pytest.raises(FetchError, match=r"would lie outside of its folder: 'some/\.\./\.\./elsewhere\.txt'"):
+        fetch(replace(PACKAGE, files="*.txt", in_folders=True))
+    assert list(cache.iterdir()) == []
+
+
 def test_other_files_than_the_expected_are_refused_and_not_kept(cache: Path, downloads: list[str]) -> None:
     with pytest.raises(FetchError, match=rf"the files of some-texts 1\.0 have SHA-256 {EXPECTED} instead of 0+:"):
         fetch(replace(PACKAGE, sha256="0" * 64))
