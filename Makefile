@@ -75,6 +75,7 @@ $(VENV)/.torch:
 	$(PY) -m pip install -qq "$(TORCH)"
 	@touch $@
 
+# pip before 23.1 would build seqeval with a setup.py that finds half of what it needs.
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml
-	$(PY) -m pip install -qq --editable '.[dev]'
+	$(PY) -m pip install -qq --use-pep517 --editable '.[dev]'
 	@touch $@
