@@ -19,7 +19,7 @@ def _power_of_two(x):
 
 @triton.jit
 def level_rows_kernel(p_x, p_level, p_inverse, p_stretch, stride_x, stride_l, width,
-                       HAS_STRETCH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                      HAS_STRETCH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One program: one row, brought to a length of 1/2 to 1 by a power of two, which rounds nothing, or to one."""
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
