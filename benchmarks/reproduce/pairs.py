@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 
 
 def data_sets() -> dict[str, list[Pair]]:
-    """The kinds of pairs by name, shuffled, without whole sentences that a score is computed on or the demo searches."""
+    """The kinds of pairs by name, shuffled, without sentences that scores are computed on or the demo searches."""
     senses = list(wordnet.synsets())
     found = {
         "glosses": glosses(senses),
