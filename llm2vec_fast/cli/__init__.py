@@ -12,6 +12,7 @@ import typer
 from llm2vec_fast.cli import train as training
 from llm2vec_fast.cli.doctor import doctor
 from llm2vec_fast.cli.embed import embed
+from llm2vec_fast.cli.leaving import leave_group
 from llm2vec_fast.cli.mine import mine
 from llm2vec_fast.cli.search import search
 from llm2vec_fast.errors import UserError
@@ -22,6 +23,15 @@ VERBS = (embed, search, mine, doctor)
 
 def main() -> None:
     """The `llm2vec-fast` command. An error of the user's making is one sentence on stderr, without a traceback."""
+    try:
+        _run()
+    except SystemExit as end:
+        leave_group(end.code)
+        raise
+
+
+def _run() -> None:
+    """Raises SystemExit, however it ends."""
     try:
         application()(prog_name="llm2vec-fast")
     except UserError as error:
