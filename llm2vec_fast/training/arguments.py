@@ -94,6 +94,8 @@ class StageArguments(TrainingArguments):
         require_share("lora_dropout", self.lora_dropout)
         require_choice("model_dtype", self.model_dtype, ("auto", *DTYPES))
         require_usable_run(self)
+        if str(self.fsdp).lower() in ("true", "false"):  # transformers knows a bare --fsdp, and not --fsdp true
+            self.fsdp = str(self.fsdp).lower() == "true"
         super().__post_init__()
         if self.n_gpu > 1:  # transformers would cut batches along their first dimension, and a packed one has no such
             self._n_gpu = 1

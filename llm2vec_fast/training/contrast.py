@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.encoder import LLM2Vec
@@ -76,7 +77,7 @@ class ContrastiveTrainer(StageTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint, SCALE_FILE)
         if path.is_file():
-            decoder_of(self.model if model is None else model).load_state_dict(load_file(path), strict=False)
+            _write(getattr(decoder_of(self.model if model is None else model), LOG_SCALE), load_file(path)[LOG_SCALE])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass; see `StageTrainer`. Returns the loss of all ranks' batch."""
@@ -105,6 +106,15 @@ class ContrastiveTrainer(StageTrainer):
             for width in widths
         ]  # fmt: skip
         return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+
+
+def _write(parameter: Tensor, values: Tensor) -> None:
+    """Put values into a parameter, which may be sharded over processes."""
+    values = values.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    with torch.no_grad():
+        parameter.copy_(values)
 
 
 def load_embedding_model(arguments: EmbeddingArguments) -> tuple[StageModel, TextTokenizer]:

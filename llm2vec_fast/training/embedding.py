@@ -14,7 +14,9 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -48,7 +50,8 @@ def embedding_model(model: nn.Module, pooling_mode: str, token_budget: int | Non
     """
     decoder = decoder_of(model)
     if scale is not None:
-        decoder.register_parameter(LOG_SCALE, nn.Parameter(torch.tensor(float(scale)).log().to(decoder.device)))
+        start = torch.tensor([float(scale)]).log()  # one number in a row: FSDP shards no scalar
+        decoder.register_parameter(LOG_SCALE, nn.Parameter(start.to(decoder.device)))
     swap(decoder, _embedding(type(decoder)), _pooling_mode=pooling_mode, _token_budget=token_budget)
 
 
@@ -81,14 +84,31 @@ def _embedded(
         hidden = run(**batch, use_cache=False).last_hidden_state[0, : piece.total]
         return pool(hidden, piece, mode, None if first else skip)
 
-    pieces = list(_pieces(layout, decoder._token_budget))
-    rows = []
-    for piece, texts, tokens in pieces:
-        given = piece, input_ids[:, tokens], position_ids[:, tokens], None if skip is None else skip[texts]
-        alone = len(pieces) == 1
-        rows.append(embed(*given) if alone else checkpoint(embed, *given, use_reentrant=False))
+    given = [
+        (piece, input_ids[:, tokens], position_ids[:, tokens], None if skip is None else skip[texts])
+        for piece, texts, tokens in _pieces(layout, decoder._token_budget)
+    ]
+    passes = _passes(decoder, len(given))
+    again = partial(checkpoint, embed, use_reentrant=False) if passes > 1 else embed
+    rows = [again(*piece) for piece in given]
+    one_token = SequenceLayout.from_lengths([1], layout.device), input_ids[:, :1], position_ids[:, :1], None
+    with torch.random.fork_rng([decoder.device] if decoder.device.type == "cuda" else []):  # dropout draws as without
+        rows += [again(*one_token)[:0] for _ in range(passes - len(given))]
     log_scale = getattr(decoder, LOG_SCALE, None)
-    return Embedded(torch.cat(rows), None if log_scale is None else log_scale.exp())
+    return Embedded(torch.cat(rows), None if log_scale is None else log_scale.exp()[0])
+
+
+def _passes(decoder: PreTrainedModel, pieces: int) -> int:
+    """How many forward passes the batch takes here.
+
+    Where weights are sharded each pass gathers them from all processes: these take as many as the one with the most
+    pieces, or they would wait for each other forever.
+    """
+    if not any(isinstance(x, DTensor) or hasattr(x, "ds_id") for x in decoder.parameters()):  # FSDP2, DeepSpeed
+        return pieces
+    most = torch.tensor(pieces, device=decoder.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _pieces(layout: SequenceLayout, budget: int | None) -> Iterator[tuple[SequenceLayout, slice, slice]]:

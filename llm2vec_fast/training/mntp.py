@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
-from llm2vec_fast.bidirectional import decoder_of
-from llm2vec_fast.kernels import linear_cross_entropy
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
@@ -103,21 +101,10 @@ class MntpTrainer(StageTrainer):
     ) -> tuple[None, tuple[Tensor, Tensor], Tensor]:
         """Of a batch's hidden tokens: how many were predicted and the sum of their losses; and how many there are."""
         inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != ROWS})
-        unwrapped = self.accelerator.unwrap_model(model)
-        head = unwrapped.get_output_embeddings()
-        labels = next_labels(inputs.pop("labels"))
         with torch.no_grad(), self.compute_loss_context_manager():
-            hidden = decoder_of(unwrapped)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-            result = linear_cross_entropy(
-                hidden.to(head.weight.dtype), head.weight, labels, bias=head.bias, return_accuracy=True
-            )
-        count = (labels != IGNORED).sum()[None]
-        return None, (result.accuracy[None] * count, result.loss[None] * count), count
-
-
-def next_labels(labels: Tensor) -> Tensor:
-    """(1, T) labels of tokens to (T,) labels of the outputs that predict them, one position before."""
-    return torch.cat([labels[0, 1:], labels.new_full((1,), IGNORED)])
+            outputs = model(**inputs, output_accuracy=True, use_cache=False)
+        count = (inputs["labels"] != IGNORED).sum()[None]
+        return None, (outputs.accuracy[None] * count, outputs.loss[None] * count), count
 
 
 def train_mntp(arguments: MntpArguments) -> TrainOutput:

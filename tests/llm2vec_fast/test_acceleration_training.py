@@ -233,6 +233,24 @@ def test_no_logits_unless_asked_for() -> None:
     assert model(**unlabelled).logits.shape == stock.logits.shape
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain-head", "hooked-head"])
+def test_accuracy_is_that_of_the_logits(plain: bool, family: str) -> None:
+    model = causal_model(family).train()
+    logits, labels = model(**batch()).logits[:, :-1], batch()["labels"][:, 1:]
+    labels[:, ::2] = logits[:, ::2].argmax(-1).where(labels[:, ::2] >= 0, -100)  # some of them right
+    given = {**batch(), "labels": torch.nn.functional.pad(labels, (1, 0), value=-100)}
+    expected = (logits.argmax(-1) == labels).sum() / (labels >= 0).sum()
+    accelerate(model)
+    if not plain:
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    outputs = model(**given, output_accuracy=True)
+    assert 0.2 < outputs.accuracy < 1
+    torch.testing.assert_close(outputs.accuracy, expected)
+    torch.testing.assert_close(outputs.loss, model(**given).loss)
+    assert (outputs.logits is None) == plain
+
+
 @pytest.mark.parametrize(
     "keywords",
     [
@@ -294,6 +312,19 @@ def test_trainers_still_see_what_the_model_takes() -> None:
     before = inspect.signature(model.forward)
     accelerate(model)
     assert inspect.signature(model.forward) == before
+
+
+@torch.no_grad()
+def test_a_cache_is_used_and_returned_beside_a_loss() -> None:
+    model = causal_model().eval()
+    ids = batch()["input_ids"][:1]
+    prefix = model(input_ids=ids[:, :6], use_cache=True)
+    name = next(name for name in ("cache", "past_key_values") if name in prefix)  # by transformers' release
+    expected = copy.deepcopy(model)(input_ids=ids[:, 6:], labels=ids[:, 6:], **{name: copy.deepcopy(prefix[name])})
+    accelerate(model, attention=False)
+    outputs = model(input_ids=ids[:, 6:], labels=ids[:, 6:], **{name: prefix[name]}, use_cache=True)
+    assert outputs[name].get_seq_length() == ids.shape[1]
+    torch.testing.assert_close(outputs.loss, expected.loss)
 
 
 def test_generation_works_with_the_stock_attention() -> None:

@@ -71,12 +71,14 @@ def settings(corpus: str, tmp_path: Path) -> Callable[..., dict[str, object]]:
 def launch() -> Callable[..., subprocess.Popen[str]]:
     """Start `llm2vec-fast train STAGE --key=value …` in so many processes; lists are given as several values."""
 
-    def launch(stage: str, options: dict[str, object], processes: int = 1) -> subprocess.Popen[str]:
+    def launch(
+        stage: str, options: dict[str, object], processes: int = 1, program: tuple[str, ...] = ("-m", "llm2vec_fast")
+    ) -> subprocess.Popen[str]:
         words = []
         for name, value in options.items():
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        start = [sys.executable, *(several if processes > 1 else []), "-m", "llm2vec_fast", "train", stage, *words]
+        start = [sys.executable, *(several if processes > 1 else []), *program, "train", stage, *words]
         return subprocess.Popen(start, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stderr=subprocess.PIPE)
 
     return launch

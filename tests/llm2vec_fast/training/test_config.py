@@ -47,6 +47,13 @@ def test_sharding_is_written_and_read_back(config: Path, tmp_path: Path) -> None
     assert again.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"), [(["--fsdp"], True), (["--fsdp", "true"], True), (["--fsdp=False"], False)]
+)
+def test_sharding_is_switched_as_any_setting_is(words: list[str], expected: bool, config: Path) -> None:
+    assert read_arguments(MntpArguments, config, words).fsdp is expected
+
+
 @pytest.mark.parametrize("first", ["false", "true"])
 def test_what_is_written_can_be_changed_in_every_setting(config: Path, tmp_path: Path, first: str) -> None:
     write_arguments(read_arguments(MntpArguments, config, ["--gradient_checkpointing", first]), tmp_path)

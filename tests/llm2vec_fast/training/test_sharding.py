@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-SHARDED = {
-    "fsdp": "full_shard",
-    "fsdp_config": '{"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}',
+SHARDED = {"fsdp": True, "fsdp_config": '{"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'}
+PROGRAM = (str(Path(__file__).with_name("sharded.py")),)
+STAGES = {
+    "mntp": {},
+    "simcse": {"learn_scale": True},
+    "contrastive": {"token_budget": 200},
 }
 
 
-@pytest.mark.parametrize("stage", ["mntp", "simcse", "contrastive"])
-def test_sharded_weights_train_as_whole_ones(
+def assert_same(some: Path, others: Path, name: str) -> None:
+    """The same tensors but for rounding, and none of them without a change from training."""
+    expected, found = load_file(others / name), load_file(some / name)
+    assert found.keys() == expected.keys()
+    assert all(x.any() for key, x in expected.items() if "lora_A" not in key)
+    for key, x in expected.items():
+        assert (found[key] - x).abs().max() <= 1e-5 * x.abs().max(), key
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sharded_weights_train_and_resume_as_whole_ones(
     stage: str, settings: Callable[..., dict[str, object]], launch: Callable, finished: Callable,
-    files: dict[str, str], tmp_path: Path,
+    files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    weights = {}
-    for name, sharding in (("whole", {}), ("sharded", SHARDED)):
-        options = settings(name, train_file=files[stage], max_steps=2, save_strategy="no", max_seq_length=48)
-        finished(launch(stage, {**options, **sharding}, processes=2))
-        weights[name] = load_file(tmp_path / name / "adapter_model.safetensors")
-    assert weights["whole"].keys() == weights["sharded"].keys()
-    assert all(x.any() for name, x in weights["whole"].items() if "lora_B" in name)
-    for name, x in weights["whole"].items():
-        torch.testing.assert_close(weights["sharded"][name], x, rtol=1e-5, atol=1e-7, msg=name)
+    shared = {"train_file": files[stage], "validation_file": files[stage], "max_seq_length": 48, **STAGES[stage]}
+
+    def options(output: str, steps: int) -> dict[str, object]:
+        # Not clipped, and with an epsilon that keeps steps in proportion: gradients of another size would show.
+        scales = {"max_grad_norm": 0, "adam_epsilon": 1.0}
+        return settings(output, **shared, **scales, max_steps=steps, lr_scheduler_type="constant")
+
+    finished(launch(stage, options("whole", 4), processes=2))
+    capfd.readouterr()
+    for steps in (2, 4):  # the second goes on from the first one's checkpoint
+        finished(launch(stage, {**options("sharded", steps), **SHARDED}, processes=2, program=PROGRAM))
+        (all_of_them,) = set(
+            re.findall(r"sharded (\d+) of \1 parameters, largest share 0\.5\n", capfd.readouterr().out)
+        )
+        assert int(all_of_them) > 40
+    assert_same(tmp_path / "sharded", tmp_path / "whole", "adapter_model.safetensors")
+    if "learn_scale" in STAGES[stage]:
+        assert_same(*(tmp_path / name / "checkpoint-4" for name in ("sharded", "whole")), "scale.safetensors")
+    results = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("sharded", "whole")]
+    assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], rel=1e-5)
