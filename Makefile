@@ -76,6 +76,6 @@ $(VENV)/.torch:
 	@touch $@
 
 # pip before 23.1 would build seqeval with a setup.py that finds half of what it needs.
-$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml
-	$(PY) -m pip install -qq --use-pep517 --editable '.[dev]'
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml constraints.txt
+	$(PY) -m pip install -qq --use-pep517 --constraint constraints.txt --editable '.[dev]'
 	@touch $@

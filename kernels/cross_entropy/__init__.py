@@ -27,6 +27,7 @@ class CrossEntropy(NamedTuple):
     loss: Tensor
     accuracy: Tensor | None  # () float32: the share of labelled rows whose label has the highest logit
     log_probs: Tensor | None  # (T,) float32: log-probability of each label, 0 on ignored rows; without gradient
+    correct: Tensor | None = None  # (T,) bool, beside the accuracy: the label has the highest logit; ignored: False
 
 
 def linear_cross_entropy(
@@ -62,7 +63,7 @@ def linear_cross_entropy(
         group: processes that hold the vocabulary together, each the ``weight`` and ``bias`` of its own consecutive
             entries, in the order of their ranks; slices may differ in size. Hidden states and labels are the same on
             all of them, labels counted over the whole vocabulary; so are the loss and the gradient of ``hidden``.
-        return_accuracy, return_log_probs: also return these, in a `CrossEntropy`.
+        return_accuracy, return_log_probs: also return these, in a `CrossEntropy`; with the accuracy, row by row, too.
         check_labels: look for labels out of range and refuse them. None: on the CPU always, on a GPU, where looking
             makes the host wait, never; such a row's loss is NaN there, and nothing out of bounds is read.
         backend: "auto", "reference", "blocked" or "triton".
@@ -121,7 +122,7 @@ def linear_cross_entropy(
     if not (return_accuracy or return_log_probs):
         return loss
     accuracy = correct.sum() / (labels != ignore_index).sum().clamp(min=1) if return_accuracy else None
-    return CrossEntropy(loss, accuracy, log_probs if return_log_probs else None)
+    return CrossEntropy(loss, accuracy, log_probs if return_log_probs else None, correct if return_accuracy else None)
 
 
 def _reference(

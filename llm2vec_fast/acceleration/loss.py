@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -47,9 +47,17 @@ class LossHead(nn.Linear):
 
 @dataclass
 class CausalLossOutput(CausalLMOutputWithPast):
-    """With the share of labelled tokens that are predicted right, () float32, where it was asked for."""
+    """With scores of the labels.
+
+    Attributes:
+        accuracy: () float32, the share of labelled tokens that are predicted right.
+        correct: (B, S) bool, whether an output predicts its label right; False where it has none.
+        log_probs: (B, S) float32, the log-probability of each output's label, 0 where it has none; without gradient.
+    """
 
     accuracy: Tensor | None = None
+    correct: Tensor | None = None
+    log_probs: Tensor | None = None
 
 
 def fuse_loss(model: nn.Module, report: Acceleration) -> None:
@@ -80,7 +88,7 @@ def _problem(module: PreTrainedModel) -> str | None:
 def with_our_loss(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The same class; with labels it returns the loss and, unless ``output_logits=True``, no logits.
 
-    ``output_accuracy=True`` adds the `CausalLossOutput.accuracy` of the labels.
+    ``output_scores=True`` adds what `CausalLossOutput` says of the labels.
     """
 
     @wraps(stock.forward)
@@ -95,7 +103,7 @@ def with_our_loss(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_logits: bool = False,
-        output_accuracy: bool = False,
+        output_scores: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         batch = {
@@ -110,8 +118,8 @@ def with_our_loss(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             _warn(f"{stock.__name__} {obstacle}: its loss is computed from all logits")
         if labels is None or output_logits or not plain or obstacle is not None:
             outputs = stock.forward(self, labels=labels, logits_to_keep=logits_to_keep, **batch)
-            return _with_accuracy(outputs, labels, **kwargs) if output_accuracy else outputs
-        return _with_loss(self, labels, accuracy=output_accuracy, **batch)
+            return with_scores(outputs, labels, **kwargs) if output_scores else outputs
+        return _with_loss(self, labels, output_scores, **batch)
 
     return subclass(stock, forward, with_our_loss)
 
@@ -140,22 +148,23 @@ def _warn(message: str) -> None:
 
 
 @can_return_tuple
-def _with_loss(module: PreTrainedModel, labels: Tensor, accuracy: bool, **batch: Any) -> CausalLMOutputWithPast:
+def _with_loss(module: PreTrainedModel, labels: Tensor, scores: bool, **batch: Any) -> CausalLMOutputWithPast:
     batch["use_cache"] = bool(batch["use_cache"])  # by default a configuration asks for one, of no use beside a loss
     outputs = module.model(**batch)
-    loss = _next_token_loss(module, outputs.last_hidden_state, labels, accuracy, **batch)
+    result = _next_token_loss(module, outputs.last_hidden_state, labels, scores, **batch)
     carried = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
     carried[_CACHE] = getattr(outputs, _CACHE)
-    if accuracy:
-        return CausalLossOutput(loss=loss.loss, accuracy=loss.accuracy, **carried)
-    return CausalLMOutputWithPast(loss=loss, **carried)
+    if not scores:
+        return CausalLMOutputWithPast(loss=result, **carried)
+    correct, log_probs = (x.view(outputs.last_hidden_state.shape[:-1]) for x in (result.correct, result.log_probs))
+    return CausalLossOutput(loss=result.loss, accuracy=result.accuracy, correct=correct, log_probs=log_probs, **carried)
 
 
 def _next_token_loss(
     module: PreTrainedModel,
     hidden: Tensor,
     labels: Tensor,
-    accuracy: bool,
+    scores: bool,
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
@@ -168,13 +177,14 @@ def _next_token_loss(
         ignore_index=ignore_index,
         softcap=getattr(module.config, "final_logit_softcapping", None),
         reduction="mean" if num_items_in_batch is None else "sum",
-        return_accuracy=accuracy,
+        return_accuracy=scores,
+        return_log_probs=scores,
     )
     if num_items_in_batch is None:
         return result
-    loss = result.loss if accuracy else result
+    loss = result.loss if scores else result
     loss = loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
-    return result._replace(loss=loss) if accuracy else loss
+    return result._replace(loss=loss) if scores else loss
 
 
 def _next_labels(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
@@ -182,15 +192,23 @@ def _next_labels(labels: Tensor, shift_labels: Tensor | None, ignore_index: int)
     return pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
 
 
-def _with_accuracy(
+def with_scores(
     outputs: CausalLMOutputWithPast,
     labels: Tensor,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> CausalLossOutput:
-    """The same, from logits that are there."""
-    labels = _next_labels(labels, shift_labels, ignore_index).to(outputs.logits.device)
+    """A causal model's outputs with the scores of `CausalLossOutput`, from logits that are there; labels (B, S)."""
+    logits = outputs.logits.detach()
+    labels = _next_labels(labels, shift_labels, ignore_index).to(logits.device)
     wanted = labels != ignore_index
-    correct = (outputs.logits.argmax(-1) == labels) & wanted
-    return CausalLossOutput(accuracy=correct.sum() / wanted.sum().clamp(min=1), **outputs)
+    correct = (logits.argmax(-1) == labels) & wanted
+    rows, flat = logits.flatten(0, -2).float(), labels.reshape(-1)
+    losses = cross_entropy(rows, flat, ignore_index=ignore_index, reduction="none")
+    return CausalLossOutput(
+        accuracy=correct.sum() / wanted.sum().clamp(min=1),
+        correct=correct,
+        log_probs=-losses.view(labels.shape),
+        **outputs,
+    )

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2vec_fast.bulk.encoding import LoadEncoder, load_encoder
@@ -22,12 +24,13 @@ from llm2vec_fast.bulk.job import embed
 from llm2vec_fast.bulk.lock import only_job
 from llm2vec_fast.bulk.manifest import changed_error, read_manifest
 from llm2vec_fast.errors import InputError, OutputError
+from llm2vec_fast.mining.rows import Added, Rows, TableRows, write_rows
 from llm2vec_fast.mining.search import Found, find_negatives
 from llm2vec_fast.mining.settings import MiningSettings
 from llm2vec_fast.mining.texts import MiningTexts, read_mining_texts, write_texts
 
 QUERIES_AT_ONCE = 1024
-_JOB = "mining.json"
+_JOB, _INPUTS = "mining.json", "inputs"
 _NEGATIVES, _SCORES, _POSITIVE = "negative", "negative_score", "positive_score"
 WRITERS = (".jsonl", ".parquet")
 
@@ -63,8 +66,9 @@ def mine(
 
     Args:
         pairs: jsonl, csv or parquet.
-        output: jsonl or parquet: the rows that have a query and a document, with all their columns, and ``negative``
-            (a list, nearest first, in the place of a column of that name), ``negative_score`` and ``positive_score``.
+        output: jsonl or parquet: the rows that have a query and a document, with all their columns as they are, and
+            ``negative`` (a list, nearest first), ``negative_score`` and ``positive_score`` in the place of columns of
+            those names.
         settings: the encoder and all else that decides the result.
         corpora: files of further documents; those of the pairs are searched in any case.
         load: makes the encoder.
@@ -76,7 +80,7 @@ def mine(
         UserError: the inputs, the model, the settings or the disk do not allow the job; the message says what to do.
     """
     stop = stop or threading.Event()
-    if output.suffix not in WRITERS:
+    if output.suffix.lower() not in WRITERS:
         raise OutputError(f"{output} is of a format that its name does not tell: end it in {' or '.join(WRITERS)}")
     if output.exists():
         raise OutputError(f"{output} exists already: delete it, or give another --output")
@@ -85,9 +89,11 @@ def mine(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be used: {error.strerror}") from error
-    with only_job(folder):
+    with only_job(folder), _kept_if_of_use(folder):
         _open(folder, pairs, corpora, settings)
         texts = read_mining_texts(pairs, corpora, settings)
+        # What does not fit a parquet file is told before the work is done.
+        rows = TableRows(texts.rows.table()) if _is_parquet(output) else texts.rows
         notify(f"{len(texts.queries):,} queries, {len(texts.documents):,} documents")
         instructions = settings.encoder.instruction, settings.documents_instruction
         queries, documents = (
@@ -97,9 +103,24 @@ def mine(
             )
         )
         found = _search(folder, queries, documents, texts, settings, stop)
-        outcome = _write(output, texts, found)
+        outcome = _write(output, rows, texts, found)
     shutil.rmtree(folder)
     return outcome
+
+
+@contextmanager
+def _kept_if_of_use(folder: Path) -> Iterator[None]:
+    """Where it ends before a part is finished the folder goes: it would only hold up the same command put right."""
+    try:
+        yield
+    except BaseException:
+        if not any(folder.rglob("*.parquet")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _is_parquet(output: Path) -> bool:
+    return output.suffix.lower() == ".parquet"
 
 
 def _open(folder: Path, pairs: Path, corpora: Sequence[str], settings: MiningSettings) -> None:
@@ -107,14 +128,18 @@ def _open(folder: Path, pairs: Path, corpora: Sequence[str], settings: MiningSet
     for name in (pairs, *corpora):
         if not Path(name).is_file():
             raise InputError(f"{name} does not exist: check the path")
-    asked = {**settings.as_json(), "inputs": [sha256_of(Path(name)) for name in (pairs, *corpora)]}
+    asked = {**settings.as_json(), _INPUTS: [sha256_of(Path(name)) for name in (pairs, *corpora)]}
     asked = json.loads(json.dumps(asked))
     path = folder / _JOB
     if not path.exists():
         replace_json(path, asked)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    changes = [f"{name} {before.get(name)} -> {new}" for name, new in asked.items() if before.get(name) != new]
+    changes = [
+        "other files or other contents" if name == _INPUTS else f"{name} {before.get(name)} -> {new}"
+        for name, new in asked.items()
+        if before.get(name) != new
+    ]
     if changes:
         raise changed_error(folder, changes)
 
@@ -179,10 +204,8 @@ def _search(
     return found
 
 
-def _write(output: Path, texts: MiningTexts, found: Sequence[Found]) -> Outcome:
+def _write(output: Path, rows: Rows, texts: MiningTexts, found: Sequence[Found]) -> Outcome:
     """Rows with their negatives, the file whole or not there."""
-    from datasets import disable_progress_bars, enable_progress_bars
-
     negatives, scores, own = [], [], []
     for block in found:
         for places, values, positive in zip(block.places, block.scores, block.positives, strict=True):
@@ -190,13 +213,11 @@ def _write(output: Path, texts: MiningTexts, found: Sequence[Found]) -> Outcome:
             negatives.append([texts.documents[i] for i in places[some]])
             scores.append([round(float(x), 6) for x in values[some]])
             own.append(None if np.isnan(positive) else round(float(positive), 6))
-    rows = texts.rows.remove_columns([c for c in (_NEGATIVES, _SCORES, _POSITIVE) if c in texts.rows.column_names])
-    for name, column in ((_NEGATIVES, negatives), (_SCORES, scores), (_POSITIVE, own)):
-        rows = rows.add_column(name, column)
-    disable_progress_bars()
-    try:
-        with replacing(output) as file:
-            rows.to_parquet(file) if output.suffix == ".parquet" else rows.to_json(file, force_ascii=False)
-    finally:
-        enable_progress_bars()
-    return Outcome(len(rows), sum(not some for some in negatives), sum(map(len, negatives)))
+    added = {
+        _NEGATIVES: Added(negatives, pa.list_(pa.string())),
+        _SCORES: Added(scores, pa.list_(pa.float64())),
+        _POSITIVE: Added(own, pa.float64()),
+    }
+    with replacing(output) as file:
+        write_rows(file, rows, added, parquet=_is_parquet(output))
+    return Outcome(len(negatives), sum(not some for some in negatives), sum(map(len, negatives)))

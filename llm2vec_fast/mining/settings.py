@@ -45,8 +45,5 @@ class MiningSettings:
 
     def as_json(self) -> dict[str, Any]:
         """What decides the result, for a job that goes on to be compared with; the model is compared by its files."""
-        encoder = self.encoder.as_json()
-        return {
-            **asdict(self),
-            "encoder": {k: v for k, v in encoder.items() if k not in ("model", "adapter", "device")},
-        }
+        of_encoder = {k: v for k, v in self.encoder.as_json().items() if k not in ("model", "adapter", "device")}
+        return {**of_encoder, **{k: v for k, v in asdict(self).items() if k != "encoder"}}

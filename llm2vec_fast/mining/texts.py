@@ -6,19 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llm2vec_fast.bulk.files import replacing
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.mining.rows import Rows, read_rows_of
 from llm2vec_fast.mining.settings import MiningSettings
 from llm2vec_fast.training.packing import identity
-from llm2vec_fast.training.pairs import same_things, texts_in
-from llm2vec_fast.training.texts import read_rows, read_texts
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from llm2vec_fast.training.pairs import name_in, same_things, texts_in
+from llm2vec_fast.training.texts import read_texts
 
 
 @dataclass
@@ -34,7 +31,7 @@ class MiningTexts:
         document_things: (documents,) int64.
     """
 
-    rows: Dataset
+    rows: Rows
     queries: list[str]
     documents: list[str]
     positives: list[list[int]]
@@ -48,26 +45,26 @@ def read_mining_texts(pairs: Path, corpora: Sequence[str], settings: MiningSetti
     Raises:
         UserError: a file cannot be read, or lacks a column, or there is no pair.
     """
-    found = read_rows([str(pairs)])
+    found = read_rows_of(pairs, texts=(settings.query_column, settings.positive_column))
     for column in (settings.query_column, settings.positive_column, settings.id_column):
-        if column is not None and column not in found.column_names:
-            raise UserError(f"{pairs} has no column {column!r}: there are {', '.join(found.column_names)}")
-    queries = [next(texts_in(value), "") for value in found[settings.query_column]]
-    own = [list(texts_in(value)) for value in found[settings.positive_column]]
+        if column is not None and column not in found.names:
+            raise UserError(f"{pairs} has no column {column!r}: there are {', '.join(found.names)}")
+    queries = [next(texts_in(value), "") for value in found.column(settings.query_column)]
+    own = [list(texts_in(value)) for value in found.column(settings.positive_column)]
     kept = [i for i, (query, texts) in enumerate(zip(queries, own, strict=True)) if query and texts]
     if not kept:
         raise UserError(
             f"{pairs} has no row with a text in {settings.query_column!r} and in {settings.positive_column!r}: check "
             "the columns"
         )
-    rows, queries, own = found.select(kept), [queries[i] for i in kept], [own[i] for i in kept]
+    rows, queries, own = found.kept(kept), [queries[i] for i in kept], [own[i] for i in kept]
     more = read_texts(list(corpora), settings.text_column)["text"] if corpora else []
     documents: dict[int, str] = {}
     for text in (*(text for texts in own for text in texts), *more):
         documents.setdefault(identity(text), text)
     places = {name: place for place, name in enumerate(documents)}
-    names = [None] * len(kept) if settings.id_column is None else [str(x) for x in rows[settings.id_column]]
-    things = same_things(queries, own, names)
+    ids = [None] * len(kept) if settings.id_column is None else rows.column(settings.id_column)
+    things = same_things(queries, own, [name_in(value) for value in ids])
     return MiningTexts(
         rows=rows,
         queries=queries,

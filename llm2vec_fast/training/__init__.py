@@ -1,6 +1,7 @@
 """Training: the stages of the recipe on transformers' Trainer, and GradCache for training loops of one's own.
 
-A stage is its arguments and a function: ``train_simcse(SimcseArguments(...))``. Each is imported by its first use.
+A stage is its arguments and a function: ``train_simcse(SimcseArguments(...), callbacks=[...])``. What it is made of, a
+Trainer and a collator of its batches, is here, too. Each is imported by its first use.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from .grad_cache import GradCache
 
 if TYPE_CHECKING:
     from .arguments import ContrastiveArguments, MntpArguments, SimcseArguments
-    from .contrastive import train_contrastive
-    from .mntp import train_mntp
-    from .simcse import train_simcse
+    from .contrast import ContrastiveTrainer
+    from .contrastive import PairCollator, train_contrastive
+    from .mntp import MntpCollator, MntpTrainer, train_mntp
+    from .simcse import SimcseCollator, train_simcse
     from .word_level import WordLevelArguments, train_word_level
 
 __all__ = [
     "ContrastiveArguments",
+    "ContrastiveTrainer",
     "GradCache",
     "MntpArguments",
+    "MntpCollator",
+    "MntpTrainer",
+    "PairCollator",
     "SimcseArguments",
+    "SimcseCollator",
     "WordLevelArguments",
     "train_contrastive",
     "train_mntp",
@@ -31,8 +38,13 @@ __all__ = [
 
 _HOMES = {
     "ContrastiveArguments": ".arguments",
+    "ContrastiveTrainer": ".contrast",
     "MntpArguments": ".arguments",
+    "MntpCollator": ".mntp",
+    "MntpTrainer": ".mntp",
+    "PairCollator": ".contrastive",
     "SimcseArguments": ".arguments",
+    "SimcseCollator": ".simcse",
     "WordLevelArguments": ".word_level",
     "train_contrastive": ".contrastive",
     "train_mntp": ".mntp",

@@ -50,12 +50,22 @@ def update_of(wrapped: PeftModel, adapter: str) -> Update:
     }
 
 
-def update_of_weights(weights: Mapping[str, Tensor], scale: float) -> Update:
-    """The same from an adapter's state dict, as peft names it for the decoder alone."""
+def scales_of(wrapped: PeftModel) -> dict[str, float]:
+    """The factor on each layer's low-rank product, by its name in the decoder: a configuration may have several."""
+    name = wrapped.active_adapter
+    return {
+        ".".join(part for part in layer.split(".") if not part.startswith("_")): module.scaling[name]  # _ of wrappers
+        for layer, module in decoder_of(wrapped).named_modules()
+        if isinstance(module, LoraLayer) and name in module.scaling
+    }
+
+
+def update_of_weights(weights: Mapping[str, Tensor], scales: Mapping[str, float]) -> Update:
+    """The same as `update_of` from an adapter's state dict, as peft names it for the decoder alone, and `scales_of`."""
     layers = {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in weights}
     return {
         layer: LowRank(
-            weights[f"{_PREFIX}{layer}.lora_B.weight"].float().cpu() * scale,
+            weights[f"{_PREFIX}{layer}.lora_B.weight"].float().cpu() * scales[layer],
             weights[f"{_PREFIX}{layer}.lora_A.weight"].float().cpu(),
         )
         for layer in sorted(layers)

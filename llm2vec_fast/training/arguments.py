@@ -16,9 +16,13 @@ from llm2vec_fast.training.masking import MASK_TOKENS, MASKINGS
 # The projections that the paper adapts, all of Llama's; other families name them alike or fuse them.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-
 # Looked for where nothing was asked for, and not missed.
 NEGATIVE_COLUMNS = ("negative",)
+
+STEPS_HELP = (
+    "Steps to train. num_train_epochs without it, or on the command line over a file with it, trains by epochs, as -1 "
+    "does; where both are given in one place, steps count."
+)
 
 
 @dataclass
@@ -61,7 +65,11 @@ class StageArguments(TrainingArguments):
         },
     )
     lora_target_modules: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Names of the layers that are adapted."}
+        default_factory=lambda: list(LORA_TARGETS),
+        metadata={
+            "help": "Names of the layers that are adapted, or all-linear. Where a decoder lacks one of the default, "
+            "all its linear layers are."
+        },
     )
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not of use here: batches are packed."})
@@ -127,12 +135,15 @@ class MntpArguments(StageArguments):
     )
     line_by_line: bool = field(
         default=False,
-        metadata={"help": "Each text a sequence of its own; else texts are joined and cut into max_seq_length."},
+        metadata={
+            "help": "Each text a sequence of its own, which no other is seen from; else texts are joined and cut into "
+            "max_seq_length, as the paper's are, and those of one piece attend to each other."
+        },
     )
 
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences of a step, packed into one row."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Sequences of an evaluation step."})
-    max_steps: int = field(default=1000, metadata={"help": "Steps to train; -1 goes by num_train_epochs."})
+    max_steps: int = field(default=1000, metadata={"help": STEPS_HELP})
 
     def __post_init__(self) -> None:
         require_choice("data_collator_type", self.data_collator_type, MASKINGS)
@@ -222,7 +233,7 @@ class SimcseArguments(EmbeddingArguments):
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Texts of a step; each is there twice."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Texts of an evaluation step."})
     learning_rate: float = field(default=3e-5, metadata={"help": "The largest learning rate."})
-    max_steps: int = field(default=1000, metadata={"help": "Steps to train; -1 goes by num_train_epochs."})
+    max_steps: int = field(default=1000, metadata={"help": STEPS_HELP})
 
 
 @dataclass
@@ -254,16 +265,27 @@ class ContrastiveArguments(EmbeddingArguments):
     document_instruction: list[str] = field(
         default_factory=list, metadata={"help": "Put before documents, not pooled: one for all files or one for each."}
     )
+    validation_query_instruction: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "The same before queries of validation files; by default query_instruction, which needs one value "
+            "or as many as there are validation files."
+        },
+    )
+    validation_document_instruction: list[str] = field(
+        default_factory=list, metadata={"help": "And before their documents; by default document_instruction."}
+    )
 
     scale: float = field(default=50.0, metadata={"help": "Factor on the cosines, the inverse of the temperature."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Queries of a step."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Queries of an evaluation step."})
     learning_rate: float = field(default=2e-4, metadata={"help": "The largest learning rate."})
     warmup_steps: float = field(default=300, metadata={"help": "Steps in which the learning rate rises to it."})
-    max_steps: int = field(default=1000, metadata={"help": "Steps to train; -1 goes by num_train_epochs."})
+    max_steps: int = field(default=1000, metadata={"help": STEPS_HELP})
 
     def __post_init__(self) -> None:
-        for name in ("negative_columns", "query_instruction", "document_instruction"):
+        instructions = (f"{part}{kind}_instruction" for part in ("", "validation_") for kind in ("query", "document"))
+        for name in ("negative_columns", *instructions):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         if self.negatives < 0:

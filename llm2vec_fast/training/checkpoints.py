@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2vec_fast.errors import UserError
 
-# safetensors and torch wrap the system's own error; torch's is a RuntimeError that names its writer.
-WRITE_ERRORS = (OSError, SafetensorError)
-_TORCH_WRITER = "inline_container"
+_UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS}
+# safetensors and torch wrap the system's own error; torch's is a RuntimeError that names a file of its source.
+_WRAPPED = {SafetensorError: "while serializing", RuntimeError: "inline_container"}
+_TORCH_READER = "PytorchStreamReader"  # of the same file
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -24,7 +26,7 @@ def last_checkpoint(folder: Path) -> str | None:
     found = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdigit() and _is_whole(path):
+        if step.isdigit() and is_whole(path):
             found[int(step)] = str(path)
     return found[max(found)] if found else None
 
@@ -38,8 +40,8 @@ def whole_or_gone(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (*WRITE_ERRORS, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error):
+    except (OSError, *_WRAPPED) as error:
+        if not _is_of_writing(error):
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         before = last_checkpoint(checkpoint.parent)
@@ -58,7 +60,9 @@ def told_if_unwritable(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except WRITE_ERRORS as error:
+    except (OSError, *_WRAPPED) as error:
+        if not _is_of_writing(error):
+            raise
         raise UserError(
             f"{folder} cannot be written: {reason_of(error)}; make room and start again, training goes on from the "
             "last checkpoint"
@@ -72,9 +76,20 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a folder is a checkpoint with its state, and weights that can be read."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, framework="pt"):  # compares the file's length with what its header says
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
     return True
+
+
+def _is_of_writing(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _UNWRITABLE
+    told = str(error)
+    return _TORCH_READER not in told and any(isinstance(error, kind) and x in told for kind, x in _WRAPPED.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -18,6 +18,7 @@ from llm2vec_fast.training.arguments import StageArguments
 
 Arguments = TypeVar("Arguments", bound=StageArguments)
 RESOLVED = "training_config.yaml"
+_STEPS, _EPOCHS = "max_steps", "num_train_epochs"
 _HINT = "llm2vec-fast train STAGE --options tells what there is"
 READY = Path(__file__).parent / "configs"
 
@@ -28,7 +29,8 @@ def read_arguments(kind: type[Arguments], config: str | Path | None, overrides: 
     Args:
         kind: the stage's dataclass.
         config: a YAML file of ``key: value``, the name of a ready one of this stage (`ready_configs`), or None.
-        overrides: what follows on the command line, ``--key value``; it wins.
+        overrides: what follows on the command line, ``--key value``; it wins. Epochs given here win over steps of the
+            file; where both are given in one place, steps do.
 
     Raises:
         UserError: the file cannot be read, a key is unknown, or a value is not of its type or out of range.
@@ -38,10 +40,12 @@ def read_arguments(kind: type[Arguments], config: str | Path | None, overrides: 
     for key in given:
         _require_known(str(key), names, f"the file {config}")
     parser = _Parser(kind, prog=kind.__name__, allow_abbrev=False)
-    for word in overrides:  # before values are looked at: a misspelt key must not be told as a missing one
-        key = word.removeprefix("--").split("=")[0].replace("-", "_")
-        if word.startswith("--") and key.removeprefix("no_") not in names:
+    asked = [word[2:].split("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
+    for key in asked:  # before values are looked at: a misspelt key must not be told as a missing one
+        if key.removeprefix("no_") not in names:
             _require_known(key, names, "the command line")
+    if _goes_by_epochs(asked, given):
+        given[_STEPS] = -1
     parser.set_defaults(**_typed(given, parser, kind, f"the file {config}"))
     try:
         arguments, rest = parser.parse_args_into_dataclasses(
@@ -69,22 +73,55 @@ def own_options(kind: type[StageArguments]) -> list[tuple[str, str, str]]:
 
 
 def write_arguments(arguments: StageArguments, folder: Path) -> None:
-    """Every setting that differs from its default, as a file that `read_arguments` takes."""
+    """Every setting that differs from its default but tokens of the hub, as a file that `read_arguments` takes.
+
+    Raises:
+        UserError: a setting is nothing that can be written.
+    """
     # transformers 5 mirrors gradient_checkpointing under its new names, and would follow those and no longer the old.
     items = [item for item in dataclasses.fields(arguments) if not item.name.startswith("activation_checkpointing")]
     chosen = {}
     for item in items:
         value = getattr(arguments, item.name)
-        if item.init and value != _default_of(item) and isinstance(value, str | int | float | bool | list | dict):
-            chosen[item.name] = getattr(value, "value", value)
+        if item.init and not item.name.endswith("_token") and not _is_default(value, _default_of(item)):
+            chosen[item.name] = _written(item.name, value, folder / RESOLVED)
+    if _EPOCHS in chosen:  # alone they would be read as going by them
+        chosen[_STEPS] = _written(_STEPS, arguments.max_steps, folder / RESOLVED)
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f"{RESOLVED}.tmp"
-    beside.write_text(yaml.safe_dump(chosen, sort_keys=True, allow_unicode=True), encoding="utf-8")
+    beside.write_text("".join(chosen[name] for name in sorted(chosen)), encoding="utf-8")
     beside.replace(folder / RESOLVED)
 
 
 def _default_of(item: dataclasses.Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if default is None and hasattr(value, "to_dict"):  # transformers makes an object of what is left out
+        default = type(value)()
+    return bool(value == default)
+
+
+def _written(name: str, value: Any, path: Path) -> str:
+    """A setting as lines of YAML."""
+    try:
+        return yaml.safe_dump({name: _plain(value)}, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}={value!r} cannot be written to {path}: give plain values or leave it out") from error
+
+
+def _plain(value: Any) -> Any:
+    value = value.to_dict() if hasattr(value, "to_dict") else getattr(value, "value", value)
+    if isinstance(value, dict):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _goes_by_epochs(*places: Collection[str]) -> bool:
+    """Whether the first of these places that tells how long to train tells it by epochs alone."""
+    telling = next((place for place in places if _EPOCHS in place or _STEPS in place), (_STEPS,))
+    return _STEPS not in telling
 
 
 def _shown(default: Any) -> str:

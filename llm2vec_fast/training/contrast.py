@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
 
 from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.encoder import LLM2Vec
@@ -24,6 +26,8 @@ from llm2vec_fast.training.models import StageModel, load_model
 from llm2vec_fast.training.run import ROWS, StageTrainer
 from llm2vec_fast.training.sampling import NextEpoch, OneSetAtATime
 
+logger = logging.getLogger(__name__)
+
 SCALE_FILE = "scale.safetensors"
 IDS, QUERIES = "ids", "queries"  # of a batch: the things its documents are, and how many of its texts are queries
 
@@ -36,8 +40,16 @@ class ContrastiveTrainer(StageTrainer):
     """
 
     args: EmbeddingArguments
+    _scale: Tensor | None = None  # of the last batch, where it is learned
 
-    def __init__(self, stage: StageModel, arguments: EmbeddingArguments, sizes: Sequence[int], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        stage: StageModel,
+        arguments: EmbeddingArguments,
+        sizes: Sequence[int],
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
         """``sizes`` are the rows of each data set in ``train_dataset``; the rest goes to transformers' Trainer.
 
         Raises:
@@ -50,8 +62,13 @@ class ContrastiveTrainer(StageTrainer):
                 f"a batch takes {batch:,} rows and the largest training file has {max(sizes):,}: give more, or a "
                 "smaller per_device_train_batch_size"
             )
+        for place in self._sampler.left_out:
+            logger.warning(
+                "%s has %d rows and a batch takes %d: none of them is trained on; join it with another file, or give a "
+                "smaller per_device_train_batch_size", arguments.train_file[place], sizes[place], batch,
+            )  # fmt: skip
         told = [x for x in (self._sampler, kwargs["train_dataset"]) if hasattr(x, "epoch")]
-        super().__init__(stage.model, arguments, callbacks=[NextEpoch(*told)], **kwargs)
+        super().__init__(stage.model, arguments, callbacks=[NextEpoch(*told), *callbacks], **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -59,9 +76,15 @@ class ContrastiveTrainer(StageTrainer):
         """The contrastive loss of a batch, times the number of ranks: of gradients, ranks take the mean."""
         layout = SequenceLayout.from_lengths(inputs["lengths"])
         embedded: Embedded = model(input_ids=inputs["input_ids"], layout=layout, skip=inputs["skip"], embed=True)
+        self._scale = None if embedded.scale is None else embedded.scale.detach()
         count = int(inputs[QUERIES])
         loss = self._loss(embedded, count, inputs[IDS]) * self.args.world_size
         return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """A line of the log, with the scale where it is learned."""
+        learned = {"scale": round(float(self._scale), 4)} if "loss" in logs and self._scale is not None else {}
+        super().log({**logs, **learned}, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OneSetAtATime:
         return self._sampler
@@ -75,7 +98,14 @@ class ContrastiveTrainer(StageTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint, SCALE_FILE)
+        self._load_scale(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_scale(self.state.best_model_checkpoint)
+
+    def _load_scale(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(checkpoint, SCALE_FILE)
         if path.is_file():
             _write(getattr(decoder_of(self.model if model is None else model), LOG_SCALE), load_file(path)[LOG_SCALE])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from llm2vec_fast.tokenization import TextTokenizer
@@ -42,7 +43,7 @@ class PairCollator:
         }
 
 
-def train_contrastive(arguments: ContrastiveArguments) -> TrainOutput:
+def train_contrastive(arguments: ContrastiveArguments, callbacks: Sequence[TrainerCallback] = ()) -> TrainOutput:
     """Train an adapter (or all weights) and write an encoder into ``output_dir``, which `LLM2Vec` loads.
 
     An interrupted run goes on from its last checkpoint in ``output_dir``.
@@ -53,7 +54,7 @@ def train_contrastive(arguments: ContrastiveArguments) -> TrainOutput:
     """
     with arguments.main_process_first(desc="reading pairs"):  # the others read what it has put on disk
         pairs = {
-            name: Pairs(files, arguments)
+            name: Pairs(files, arguments, validation=name == "validation")
             for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
             if files
         }
@@ -65,5 +66,6 @@ def train_contrastive(arguments: ContrastiveArguments) -> TrainOutput:
         train_dataset=pairs["train"],
         eval_dataset=pairs.get("validation"),
         data_collator=PairCollator(tokenizer),
+        callbacks=callbacks,
     )
     return run(trainer, arguments, stage)

@@ -61,8 +61,8 @@ def mask_id_of(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
         UserError: the tokenizer has no such token.
     """
     token = {"blank": _BLANK, "eos": tokenizer.eos_token, "mask": tokenizer.mask_token}[kind]
-    found = None if token is None else tokenizer.convert_tokens_to_ids(token)
-    if found is None or found == tokenizer.unk_token_id:
+    found = None if token is None else tokenizer.get_vocab().get(token)  # the unknown token may be the end token, too
+    if found is None:
         raise UserError(
             f"mask_token_type={kind} needs a token that this tokenizer does not have: choose another of "
             f"{', '.join(MASK_TOKENS)}"

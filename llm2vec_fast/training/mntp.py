@@ -7,21 +7,24 @@ the stock causal one with its output layer: its own loss, which shifts labels by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset as HubDataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from llm2vec_fast.acceleration.loss import with_scores
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
 from llm2vec_fast.training.models import load_model
 from llm2vec_fast.training.packing import filled
 from llm2vec_fast.training.run import ROWS, StageTrainer, run
-from llm2vec_fast.training.sampling import NextEpoch
+from llm2vec_fast.training.sampling import DrawnAnew, NextEpoch
 from llm2vec_fast.training.texts import read_texts, tokenise
 
 
@@ -65,7 +68,7 @@ class MntpCollator:
         )  # fmt: skip
 
 
-class Sequences(torch.utils.data.Dataset):
+class Sequences(DrawnAnew):
     """Tokenised sequences, each with the seed of its hidden tokens: another one in every epoch.
 
     What is hidden then depends neither on batch mates nor on the process that makes the batch, and a run that goes on
@@ -73,7 +76,8 @@ class Sequences(torch.utils.data.Dataset):
     """
 
     def __init__(self, tokens: HubDataset, seed: int) -> None:
-        self._tokens, self._seed, self.epoch = tokens, seed, 0
+        super().__init__()
+        self._tokens, self._seed = tokens, seed
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -99,15 +103,26 @@ class MntpTrainer(StageTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, tuple[Tensor, Tensor], Tensor]:
-        """Of a batch's hidden tokens: how many were predicted and the sum of their losses; and how many there are."""
+        """Of each sequence's hidden tokens: how many were predicted, the sum of their losses; and how many there are.
+
+        All are (N,): where the last sequences do not fill the batches of several processes, the first ones follow once
+        more, and transformers leaves out as many results as come twice.
+        """
         inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != ROWS})
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, output_accuracy=True, use_cache=False)
-        count = (inputs["labels"] != IGNORED).sum()[None]
-        return None, (outputs.accuracy[None] * count, outputs.loss[None] * count), count
+            outputs = model(**inputs, output_scores=True, use_cache=False)
+        if "log_probs" not in outputs:  # a head that `accelerate` left alone
+            outputs = with_scores(outputs, inputs["labels"])
+        hidden = inputs["labels"] != IGNORED
+        per_token = torch.cat([outputs.correct.float(), -outputs.log_probs, hidden.float()])  # (3, T)
+        starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), hidden.shape[1]]
+        lengths = [end - start for start, end in pairwise(starts)]
+        # An output and the token that it predicts, one later, are of the same sequence.
+        right, loss, count = torch.stack([part.sum(1) for part in per_token.split(lengths, dim=1)], dim=1)
+        return None, (right, loss), count
 
 
-def train_mntp(arguments: MntpArguments) -> TrainOutput:
+def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = ()) -> TrainOutput:
     """Train an adapter (or all weights) and write an encoder into ``output_dir``, which `LLM2Vec` loads.
 
     An interrupted run goes on from its last checkpoint in ``output_dir``.
@@ -131,7 +146,7 @@ def train_mntp(arguments: MntpArguments) -> TrainOutput:
             stage.tokenizer, arguments.data_collator_type, arguments.mask_token_type, arguments.mlm_probability
         ),
         compute_metrics=_scores,
-        callbacks=[NextEpoch(datasets["train"])],
+        callbacks=[NextEpoch(datasets["train"]), *callbacks],
     )
     return run(trainer, arguments, stage)
 
@@ -143,5 +158,5 @@ def _tokens(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments:
 
 
 def _scores(batches: EvalPrediction) -> dict[str, float]:
-    (predicted, loss), count = batches.predictions, max(1, batches.label_ids.sum())
-    return {"accuracy": float(predicted.sum() / count), "loss": float(loss.sum() / count)}
+    right, loss, count = (float(x.sum(dtype=np.float64)) for x in (*batches.predictions, batches.label_ids))
+    return {"accuracy": right / max(1.0, count), "loss": loss / max(1.0, count)}

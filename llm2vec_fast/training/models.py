@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from llm2vec_fast.acceleration import accelerate
 from llm2vec_fast.adapters import adapter_source
-from llm2vec_fast.bidirectional import make_bidirectional
+from llm2vec_fast.bidirectional import decoder_of, make_bidirectional
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.loading import base_of, best_device, is_adapter, load, merged, put_on
 from llm2vec_fast.precision import choose_dtype
 from llm2vec_fast.training.adapters import Update, update_of
-from llm2vec_fast.training.arguments import StageArguments
+from llm2vec_fast.training.arguments import LORA_TARGETS, StageArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,22 +75,50 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
 
 
 def _adapted(model: nn.Module, arguments: StageArguments) -> PeftModel:
+    targets = _targets(model, arguments.lora_target_modules)
     try:
-        return get_peft_model(model, lora_config(arguments))
-    except ValueError as error:  # peft names the layers that are not there
+        return get_peft_model(model, lora_config(arguments, targets))
+    except ValueError as error:  # peft names the layers that it cannot adapt
         raise UserError(
             f"lora_target_modules={' '.join(arguments.lora_target_modules)} does not fit {type(model).__name__}: "
             f"{' '.join(str(error).split())}"
         ) from error
 
 
-def lora_config(arguments: StageArguments) -> LoraConfig:
+def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """What peft adapts: the layers of these names, every one of which must be there, or all of the decoder where the
+    default names are not, as in families that fuse projections.
+
+    Raises:
+        UserError: a name that the user gave is that of no layer.
+    """
+    if names == [INCLUDE_LINEAR_LAYERS_SHORTHAND]:
+        return INCLUDE_LINEAR_LAYERS_SHORTHAND  # in a list it would be a layer's name
+    layers = [f".{name}" for name, _ in model.named_modules()]
+    missing = [name for name in names if not any(layer.endswith(f".{name}") for layer in layers)]
+    if not missing:
+        return names
+    linear = {name.rsplit(".", 1)[-1] for name, x in decoder_of(model).named_modules() if isinstance(x, nn.Linear)}
+    there = ", ".join(sorted(linear))
+    if names != list(LORA_TARGETS) or not linear:
+        raise UserError(
+            f"lora_target_modules={' '.join(names)} does not fit {type(model).__name__}: it has no layer {missing[0]}, "
+            f"but {there or 'no linear ones'}"
+        )
+    logger.warning(
+        f"{type(model).__name__} has no layer {', '.join(missing)}: training adapts {there}, its linear layers; "
+        "lora_target_modules names others"
+    )
+    return sorted(linear)
+
+
+def lora_config(arguments: StageArguments, targets: list[str] | str) -> LoraConfig:
     """The adapter of a stage; peft keeps its weights in float32 on a 16-bit base."""
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha or 2 * arguments.lora_r,
         lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules,
+        target_modules=targets,
         bias="none",
     )
 

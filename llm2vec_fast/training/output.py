@@ -14,7 +14,7 @@ from transformers import Trainer
 from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.loading import ADAPTER_WEIGHTS, SETTINGS_FILE
 from llm2vec_fast.saving import write_json, written_beside
-from llm2vec_fast.training.adapters import Update, joined, update_of_weights
+from llm2vec_fast.training.adapters import Update, joined, scales_of, update_of_weights
 from llm2vec_fast.training.arguments import StageArguments
 from llm2vec_fast.training.embedding import LOG_SCALE
 from llm2vec_fast.training.models import StageModel
@@ -25,7 +25,9 @@ def save_encoder(trainer: Trainer, arguments: StageArguments, stage: StageModel)
 
     Such an adapter holds what adapters merged before training added, too: it needs nothing but the base they all name.
     """
-    weights = trainer.accelerator.get_state_dict(trainer.model)  # sharded models gather here, on every rank
+    # Sharded weights gather here, on every rank; DeepSpeed's by its engine.
+    whole = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    weights = trainer.accelerator.get_state_dict(whole)
     if not trainer.is_world_process_zero():
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -48,7 +50,7 @@ def _save_adapter(
     }
     config = copy.copy(model.active_peft_config)
     if merged or rank is not None:
-        newest = update_of_weights(adapter, config.lora_alpha / config.r)
+        newest = update_of_weights(adapter, scales_of(model))
         base = config.base_model_name_or_path
         config, adapter = joined([*merged, newest], decoder_of(model), rank)
         config.base_model_name_or_path = base

@@ -6,38 +6,38 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import NEGATIVE_COLUMNS, ContrastiveArguments
 from llm2vec_fast.training.packing import identity
+from llm2vec_fast.training.sampling import DrawnAnew
 from llm2vec_fast.training.texts import read_rows
 
 _QUERY, _POSITIVE, _NEGATIVES, _THING = "query", "positives", "negatives", "thing"
 
 
-class Pairs(torch.utils.data.Dataset):
+class Pairs(DrawnAnew):
     """Queries, each with a document drawn of its own and hard negatives drawn of its own: others in every epoch.
 
     What is drawn follows from the seed, the epoch and the row alone.
 
     Attributes:
         sizes: rows of each file, which are numbered one file after the other.
-        epoch: which epoch it is, from 0.
     """
 
-    def __init__(self, files: Sequence[str], arguments: ContrastiveArguments) -> None:
+    def __init__(self, files: Sequence[str], arguments: ContrastiveArguments, *, validation: bool = False) -> None:
         """Read the files.
 
         Raises:
             UserError: a file cannot be read, lacks a column, or holds no row with a query and a document.
         """
-        self._query_instructions = _one_a_file("query_instruction", arguments.query_instruction, len(files))
-        self._document_instructions = _one_a_file("document_instruction", arguments.document_instruction, len(files))
+        super().__init__()
+        self._query_instructions = _instructions("query_instruction", files, arguments, validation)
+        self._document_instructions = _instructions("document_instruction", files, arguments, validation)
         self._seed, self._count = arguments.seed_of_data, arguments.negatives
         read = [_read(name, arguments) for name in files]
-        self.sizes, self.epoch = [len(rows) for rows in read], 0
+        self.sizes = [len(rows) for rows in read]
         self._rows = concatenate_datasets(read)
         self._things = same_things(self._rows[_QUERY], self._rows[_POSITIVE], self._rows[_THING])
         self._ends = np.cumsum(self.sizes)
@@ -124,7 +124,7 @@ def _read(name: str, arguments: ContrastiveArguments) -> Dataset:
             _QUERY: row[query] if isinstance(row[query], str) else "",
             _POSITIVE: list(texts_in(row[positive])),
             _NEGATIVES: [text for column in negatives for text in texts_in(row[column])],
-            _THING: None if name_of is None else str(row[name_of]),
+            _THING: None if name_of is None else name_in(row[name_of]),
         }
 
     rows = found.map(arrange, remove_columns=found.column_names, features=_features(), desc="arranging")
@@ -146,6 +146,26 @@ def texts_in(value: Any) -> Iterator[str]:
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and text.strip():
             yield text
+
+
+def name_in(value: Any) -> str | None:
+    """What a column of ids calls a row; None where it has no value, NaN or a text of nothing."""
+    if isinstance(value, float) and value.is_integer():  # columns of numbers that miss one are often floats
+        value = int(value)
+    return None if value is None or value != value or not str(value).strip() else str(value)
+
+
+def _instructions(name: str, files: Sequence[str], arguments: ContrastiveArguments, validation: bool) -> list[str]:
+    """One for each of the files; those to evaluate on may have their own, and else have those of training."""
+    own, given = getattr(arguments, f"validation_{name}"), getattr(arguments, name)
+    if validation and own:
+        return _one_a_file(f"validation_{name}", own, len(files))
+    if validation and len(given) not in (0, 1, len(files)):
+        raise UserError(
+            f"{name} has {len(given)} values and validation_file {len(files)}: give validation_{name}, one for all "
+            "files or one for each"
+        )
+    return _one_a_file(name, given, len(files))
 
 
 def _one_a_file(name: str, given: Sequence[str], count: int) -> list[str]:

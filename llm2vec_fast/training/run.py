@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -18,6 +20,9 @@ from llm2vec_fast.training.checkpoints import last_checkpoint, told_if_unwritabl
 from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.models import StageModel
 from llm2vec_fast.training.output import save_encoder
+from llm2vec_fast.training.resuming import checkpoint_to_resume
+
+logger = logging.getLogger(__name__)
 
 ROWS = "rows"  # the batch's sequences by their number, for messages
 
@@ -87,19 +92,40 @@ class StageTrainer(Trainer):
         with whole_or_gone(self._checkpoint_folder()):
             super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # every process's part is there before the state completes the checkpoint
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and hasattr(self.lr_scheduler, "base_lrs"):
+            self._take_learning_rate()
+
+    def _take_learning_rate(self) -> None:
+        """Go on at the learning rate that is asked for, where the checkpoint was made at another."""
+        scheduler, asked = self.lr_scheduler, self.args.learning_rate
+        if set(scheduler.base_lrs) == {asked}:
+            return
+        for group, before in zip(self.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] *= asked / before if before else 1.0
+            group["initial_lr"] = asked
+        scheduler.base_lrs = [asked] * len(scheduler.base_lrs)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log tells
+
 
 def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> TrainOutput:
     """Train, from the last whole checkpoint where there is one, and write the encoder.
 
     Raises:
         NonFiniteLossError: see `StageTrainer`.
-        UserError: the output folder cannot be written.
+        UserError: the output folder cannot be written, or is another run's.
     """
     folder = Path(arguments.output_dir)
     with told_if_unwritable(folder):
+        last = checkpoint_to_resume(arguments)
         if trainer.is_world_process_zero():
             write_arguments(arguments, folder)
-        last = arguments.resume_from_checkpoint or last_checkpoint(folder)
+        _tell_of_sharding(trainer)
         result = trainer.train(resume_from_checkpoint=last)
         trainer.save_training_metrics(result.metrics)
         trainer.save_state()
@@ -107,6 +133,13 @@ def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> 
             trainer.save_metrics("eval", trainer.evaluate())
         save_encoder(trainer, arguments, stage)
     return result
+
+
+def _tell_of_sharding(trainer: StageTrainer) -> None:
+    if trainer.args.fsdp and trainer.accelerator.distributed_type != DistributedType.FSDP:
+        logger.warning(
+            "fsdp shards nothing here: accelerate does so over two GPUs or more; each process has all weights"
+        )
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -14,7 +14,8 @@ class OneSetAtATime(torch.utils.data.Sampler[int]):
     """Numbers of rows, such that every batch, of all ranks together, holds rows of one data set.
 
     Each epoch shuffles the rows of every set, cuts them into batches, and shuffles the batches of all sets. Rows that
-    do not fill a batch are left out, other ones in every epoch. The order follows from the seed and the epoch alone.
+    do not fill a batch are left out, other ones in every epoch; but a set that has fewer rows than a batch is left out
+    in all of them: see `left_out`. The order follows from the seed and the epoch alone.
 
     Args:
         sizes: rows of each data set, which are numbered one set after the other.
@@ -31,6 +32,11 @@ class OneSetAtATime(torch.utils.data.Sampler[int]):
     def __len__(self) -> int:
         return sum(size // self._batch for size in self._sizes) * self._batch
 
+    @property
+    def left_out(self) -> list[int]:
+        """The sets, by their place in ``sizes``, that never fill a batch, and of which no row ever comes."""
+        return [place for place, size in enumerate(self._sizes) if size < self._batch]
+
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self._seed, self.epoch])
         first, batches = 0, [np.empty((0, self._batch), np.int64)]
@@ -40,6 +46,25 @@ class OneSetAtATime(torch.utils.data.Sampler[int]):
             batches.append(rows.reshape(whole, self._batch))
             first += size
         yield from rng.permutation(np.concatenate(batches)).flatten().tolist()
+
+
+class DrawnAnew(torch.utils.data.Dataset):
+    """A data set whose rows are drawn, others in every epoch.
+
+    Attributes:
+        epoch: which epoch it is, from 0. Workers of a data loader see it change, those too that stay for all epochs.
+    """
+
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
 
 class NextEpoch(TrainerCallback):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from llm2vec_fast.tokenization import TextTokenizer
@@ -37,7 +38,7 @@ class SimcseCollator:
         }
 
 
-def train_simcse(arguments: SimcseArguments) -> TrainOutput:
+def train_simcse(arguments: SimcseArguments, callbacks: Sequence[TrainerCallback] = ()) -> TrainOutput:
     """Train an adapter (or all weights) and write an encoder into ``output_dir``, which `LLM2Vec` loads.
 
     An interrupted run goes on from its last checkpoint in ``output_dir``.
@@ -60,5 +61,6 @@ def train_simcse(arguments: SimcseArguments) -> TrainOutput:
         train_dataset=texts["train"],
         eval_dataset=texts.get("validation"),
         data_collator=SimcseCollator(tokenizer),
+        callbacks=callbacks,
     )
     return run(trainer, arguments, stage)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from llm2vec_fast.errors import UserError
 
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}  # NA and null are words that a text may be
 _TEXT_COLUMN = "text"  # what the reader of plain text calls it
 SHORTEST = 2  # tokens: the first is predicted by none
 
@@ -27,13 +28,13 @@ def read_texts(files: Sequence[str], text_column: str) -> Dataset:
     texts = read_rows(files)
     column = _TEXT_COLUMN if Path(files[0]).suffix.lower() == ".txt" else text_column
     if column not in texts.column_names:
-        raise UserError(f"the training files have no column {column!r}: there are {', '.join(texts.column_names)}")
+        raise UserError(f"{_named(files)} has no column {column!r}: there are {', '.join(texts.column_names)}")
     texts = texts.select_columns([column]).rename_column(column, "text") if column != "text" else texts
     texts = texts.select_columns(["text"]).filter(
         lambda batch: [isinstance(text, str) and bool(text.strip()) for text in batch["text"]], batched=True
     )
     if not len(texts):
-        raise UserError(f"the training files have no text in their column {column!r}: check the files")
+        raise UserError(f"{_named(files)} has no text in column {column!r}: check the file")
     return texts
 
 
@@ -49,14 +50,33 @@ def read_rows(files: Sequence[str]) -> Dataset:
         raise UserError(f"files ending in {unknown[0] or 'nothing'!r} are not known: give {', '.join(_READERS)} files")
     readers = sorted({_READERS[kind] for kind in kinds})
     if len(readers) > 1:
-        raise UserError(f"training files are of several formats ({', '.join(readers)}): give files of one")
+        raise UserError(f"{_named(files)} are of several formats ({', '.join(readers)}): give files of one")
     for name in files:
         if not Path(name).is_file():
-            raise UserError(f"the training file {name} does not exist: check the path")
+            raise UserError(f"{name} does not exist: check the path")
     try:
-        return load_dataset(readers[0], data_files=list(files), split="train")
+        rows = load_dataset(readers[0], data_files=list(files), split="train", **_OPTIONS.get(readers[0], {}))
+        if readers[0] == "json":  # whose reader takes any bytes for text
+            rows.data.validate(full=True)
     except Exception as error:  # the readers of damaged files raise anything
-        raise UserError(f"the training files cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise _unreadable(files, error) from error
+    return rows
+
+
+def _unreadable(files: Sequence[str], error: Exception) -> UserError:
+    """The sentence for files that a reader failed on."""
+    empty = [name for name in files if not Path(name).stat().st_size]
+    if empty:
+        return UserError(f"{empty[0]} is empty: give a file with texts, or leave it out")
+    cause = error.__cause__ or error  # datasets says no more than that it failed
+    if isinstance(cause, UnicodeDecodeError) or "UTF8" in str(cause):
+        return UserError(f"{_named(files)} is not UTF-8: save it as UTF-8")
+    return UserError(f"{_named(files)} cannot be read: {' '.join(str(cause).split())[:300] or type(cause).__name__}")
+
+
+def _named(files: Sequence[str]) -> str:
+    """The files, of many the first few."""
+    return ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
 class Numbered(torch.utils.data.Dataset):

@@ -235,19 +235,27 @@ def test_no_logits_unless_asked_for() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("plain", [True, False], ids=["plain-head", "hooked-head"])
-def test_accuracy_is_that_of_the_logits(plain: bool, family: str) -> None:
+def test_scores_are_those_of_the_logits(plain: bool, family: str) -> None:
+    """Whatever the loss is divided by."""
     model = causal_model(family).train()
     logits, labels = model(**batch()).logits[:, :-1], batch()["labels"][:, 1:]
     labels[:, ::2] = logits[:, ::2].argmax(-1).where(labels[:, ::2] >= 0, -100)  # some of them right
     given = {**batch(), "labels": torch.nn.functional.pad(labels, (1, 0), value=-100)}
-    expected = (logits.argmax(-1) == labels).sum() / (labels >= 0).sum()
+    wanted = labels >= 0
+    correct = (logits.argmax(-1) == labels) & wanted
+    log_probs = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * wanted
     accelerate(model)
     if not plain:
         model.lm_head.register_forward_hook(lambda module, inputs, output: output)
-    outputs = model(**given, output_accuracy=True)
+    outputs = model(**given, output_scores=True, num_items_in_batch=7)
     assert 0.2 < outputs.accuracy < 1
-    torch.testing.assert_close(outputs.accuracy, expected)
-    torch.testing.assert_close(outputs.loss, model(**given).loss)
+    torch.testing.assert_close(outputs.accuracy, correct.sum() / wanted.sum())
+    torch.testing.assert_close(outputs.log_probs[:, :-1], log_probs)
+    torch.testing.assert_close(outputs.loss, -log_probs.sum() / 7)
+    assert torch.equal(outputs.correct[:, :-1], correct)
+    assert not (outputs.correct[:, -1].any())
+    assert not (outputs.log_probs[:, -1].any())
+    assert not outputs.log_probs.requires_grad
     assert (outputs.logits is None) == plain
 
 

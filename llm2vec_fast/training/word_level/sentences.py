@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.training.texts import read_rows
 
 _COLUMNS = (".txt", ".conll", ".conllu", ".iob", ".bio")
-_TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_TABLES = (".jsonl", ".json", ".parquet")
 _DOCUMENT = "-DOCSTART-"
 _UNIVERSAL = ".conllu"  # columns parted by tabs; comments begin with #, and 3-4 or 3.1 number what is not a word
 
@@ -31,7 +32,8 @@ def read_sentences(files: Sequence[str], word_column: str, label_column: str) ->
         word_column, label_column: numbers of columns, from 0 or, negative, from the last; or their names in a table.
 
     Raises:
-        UserError: a file is missing, of an unknown kind, without the column, or a row's lists differ in length.
+        UserError: a file is missing, damaged, of an unknown kind, without the column, or a row's lists differ in
+            length.
     """
     found: list[Sentence] = []
     for file in map(Path, files):
@@ -41,7 +43,10 @@ def read_sentences(files: Sequence[str], word_column: str, label_column: str) ->
         if kind not in (*_COLUMNS, *_TABLES):
             raise UserError(f"{file} ends in {kind!r}, which is not known: give {', '.join((*_COLUMNS, *_TABLES))}")
         rows = _from_columns if kind in _COLUMNS else _from_table
-        found += (sentence for sentence in rows(file, word_column, label_column) if sentence.words)
+        try:
+            found += (sentence for sentence in rows(file, word_column, label_column) if sentence.words)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8: save it as UTF-8") from error
     if not found:
         raise UserError(f"there is no labelled sentence in {', '.join(map(str, files))}: check the files")
     return found
@@ -75,9 +80,9 @@ def _number(column: str, name: str, file: Path) -> int:
 
 
 def _from_table(file: Path, word_column: str, label_column: str) -> Iterator[Sentence]:
-    from datasets import ClassLabel, load_dataset
+    from datasets import ClassLabel
 
-    rows = load_dataset(_TABLES[file.suffix.lower()], data_files=str(file), split="train")
+    rows = read_rows([str(file)])
     for column in (word_column, label_column):
         if column not in rows.column_names:
             raise UserError(f"{file} has no column {column!r}: there are {', '.join(rows.column_names)}")

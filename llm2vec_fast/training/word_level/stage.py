@@ -15,13 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EvalPrediction, set_seed
+from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.training.checkpoints import last_checkpoint, told_if_unwritable
+from llm2vec_fast.training.checkpoints import told_if_unwritable
 from llm2vec_fast.training.config import write_arguments
+from llm2vec_fast.training.resuming import checkpoint_to_resume
 from llm2vec_fast.training.run import ROWS, StageTrainer
 
 from .arguments import LABEL_FROM, WordLevelArguments
@@ -33,7 +34,7 @@ from .sentences import Sentence, read_sentences
 _FEATURES = "features"  # a folder in the output folder while a run is under way
 
 
-def train_word_level(arguments: WordLevelArguments) -> TrainOutput:
+def train_word_level(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback] = ()) -> TrainOutput:
     """Train a head and write it into ``output_dir``, with its scores; `WordClassifier` loads it.
 
     An interrupted run goes on from its last checkpoint in ``output_dir``.
@@ -43,10 +44,11 @@ def train_word_level(arguments: WordLevelArguments) -> TrainOutput:
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
     """
     with told_if_unwritable(Path(arguments.output_dir)):
-        return _train(arguments)
+        return _train(arguments, callbacks)
 
 
-def _train(arguments: WordLevelArguments) -> TrainOutput:
+def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) -> TrainOutput:
+    last = checkpoint_to_resume(arguments)
     files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
     sentences = {
         name: read_sentences(some, arguments.word_column, arguments.label_column)
@@ -63,11 +65,12 @@ def _train(arguments: WordLevelArguments) -> TrainOutput:
         eval_dataset=words.get("validation"),
         data_collator=_as_it_is,
         compute_loss_func=_loss,
+        callbacks=list(callbacks),
     )
     folder = Path(arguments.output_dir)
     if trainer.is_world_process_zero():
         write_arguments(arguments, folder)
-    result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint or last_checkpoint(folder))
+    result = trainer.train(resume_from_checkpoint=last)
     trainer.save_training_metrics(result.metrics)
     for name in ("validation", "test"):
         if name in words:

@@ -147,3 +147,16 @@ def test_losses_do_not_depend_on_the_size_of_blocks(monkeypatch, kib):
     monkeypatch.setattr(blocked, "BLOCK_BYTES", kib * 1024)
     monkeypatch.setattr(blocked, "SLICE_ELEMENTS", 700)
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, case.labels(), reduction="none"), whole)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_a_row_is_correct_whose_label_is_likeliest(backend):
+    case = Case(60, 300, 16)
+    hidden, weight, _ = case.tensors(torch.float32)
+    labels = case.labels()
+    out = linear_cross_entropy(hidden, weight, labels, return_accuracy=True, backend=backend)
+    expected = ((hidden @ weight.T).argmax(1) == labels) & (labels != IGNORED)
+    assert 0 < expected.sum() < 60
+    assert torch.equal(out.correct, expected)
+    without = linear_cross_entropy(hidden, weight, labels, return_log_probs=True, backend=backend)
+    assert without.correct is None

@@ -45,12 +45,15 @@ def run(tmp_path: Path, model: Path) -> Callable[..., Outcome]:
 
     def run(rows: list[dict[str, Any]], output: str = "out.jsonl", **options: Any) -> Outcome:
         given = {name: options.pop(name) for name in ("corpora", "stop", "notify") if name in options}
+        load = options.pop("load", lambda settings: encoder)
         encoder = options.pop("encoder", None) or FakeEncoder()
         path = tmp_path / "pairs.jsonl"
         if not path.exists():
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = MiningSettings(EmbedSettings(str(model), rows_per_shard=10, device="cpu"), **options)
-        return mine(path, tmp_path / output, settings, load=lambda settings: encoder, **given)
+        of_encoder = EmbedSettings(
+            str(model), rows_per_shard=10, device="cpu", instruction=options.pop("instruction", None)
+        )
+        return mine(path, tmp_path / output, MiningSettings(of_encoder, **options), load=load, **given)
 
     return run
 
@@ -101,6 +104,29 @@ def test_the_same_thing_is_never_a_negative(run, tmp_path: Path) -> None:
     assert "old" not in {text for row in found for text in row["negative"]}
 
 
+def test_rows_without_an_id_are_negatives_of_each_other(run, rows, tmp_path: Path) -> None:
+    run([{**row, "id": None} for row in rows], share=1.0, id_column="id")
+    assert sum(len(row["negative"]) for row in read(tmp_path / "out.jsonl")) > 40
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+def test_all_columns_come_out_as_they_were(run, rows, tmp_path: Path, output: str) -> None:
+    more = {"day": "2024-01-02", "share": 0.12345678901234567, "number": 2**62 + 1, "lists": [[1], []], "no": None}
+    run([{**row, **more} for row in rows], output)
+    path = tmp_path / output
+    found = read(path) if output.endswith("jsonl") else pq.read_table(path).to_pylist()
+    assert [{name: out[name] for name in (*row, *more)} for row, out in zip(rows, found, strict=True)] == [
+        {**row, **more} for row in rows
+    ]
+
+
+def test_rows_that_fit_no_parquet_file_are_refused_before_the_work(run, rows, tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    with pytest.raises(UserError, match="the column 'x' does not fit a parquet file"):
+        run([{**row, "x": 1 if i else "one"} for i, row in enumerate(rows)], "out.parquet", encoder=encoder)
+    assert encoder.calls == 0
+
+
 def test_further_documents_are_searched(run, rows, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("\n".join(f"{row['query']} near" for row in rows) + "\n")
     run(rows, share=1.0, negatives=1)
@@ -144,16 +170,34 @@ def test_a_stopped_job_goes_on_to_the_same_result(run, rows, tmp_path: Path, mon
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_other_settings_or_pairs_do_not_go_on(run, rows, tmp_path: Path) -> None:
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(Exception, match="stopped"):
-        run(rows, stop=stop)
-    with pytest.raises(ChangedError, match=r"negatives 7 -> 3; go on with what it was, or give a new --output"):
+def test_other_settings_or_pairs_do_not_go_on(run, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "_search", lambda *args: stop_here())
+        with pytest.raises(MiningStoppedError):
+            run(rows)
+    with pytest.raises(ChangedError, match=r"with something else: negatives 7 -> 3; go on with what it was, or give"):
         run(rows, negatives=3)
+    with pytest.raises(ChangedError, match=r"with something else: instruction None -> find:; go on"):
+        run(rows, instruction="find:")
     (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(ChangedError, match="inputs"):
+    with pytest.raises(ChangedError, match=r"with something else: other files or other contents; go on"):
         run(rows)
+
+
+def stop_here() -> None:
+    raise MiningStoppedError
+
+
+@pytest.mark.parametrize("wrong", [{"query_column": "q"}, {"load": None}, {"stop": "now"}])
+def test_a_job_that_came_to_nothing_leaves_nothing(run, rows, tmp_path: Path, wrong: dict) -> None:
+    """So that the same command, put right, runs."""
+    if "stop" in wrong:
+        wrong = {"stop": threading.Event()}
+        wrong["stop"].set()
+    with pytest.raises(Exception, match=r"no column 'q'|not callable|^$|stopped"):
+        run(rows, **wrong)
+    assert not (tmp_path / "out.jsonl.mining").exists()
+    assert run(rows, negatives=2).rows == len(rows)
 
 
 @pytest.mark.parametrize(

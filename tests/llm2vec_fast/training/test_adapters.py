@@ -34,7 +34,7 @@ def test_what_is_joined_adds_the_sum() -> None:
     config, weights = joined([EVERYWHERE, IN_ONE_LAYER], Decoder())
     assert config.r == config.lora_alpha == 3 + 3
     assert sorted(config.target_modules) == ["q_proj", "v_proj"]
-    found = update_of_weights(weights, config.lora_alpha / config.r)
+    found = update_of_weights(weights, dict.fromkeys(NAMES, config.lora_alpha / config.r))
     assert found.keys() == set(NAMES)
     for name in NAMES:
         expected = whole(EVERYWHERE[name]) + (whole(IN_ONE_LAYER[name]) if name in IN_ONE_LAYER else 0)
@@ -51,7 +51,7 @@ def test_a_cut_is_the_nearest_of_its_rank() -> None:
     """The error is that of the singular values left out (Eckart and Young, 1936)."""
     config, weights = joined([EVERYWHERE, IN_ONE_LAYER], Decoder(), rank=4)
     assert config.r == config.lora_alpha == 4
-    found = update_of_weights(weights, 1.0)
+    found = update_of_weights(weights, dict.fromkeys(NAMES, 1.0))
     for name, part in IN_ONE_LAYER.items():
         total = whole(EVERYWHERE[name]) + whole(part)
         left_out = torch.linalg.svdvals(total)[4:].square().sum().sqrt()

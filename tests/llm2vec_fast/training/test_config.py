@@ -47,11 +47,76 @@ def test_sharding_is_written_and_read_back(config: Path, tmp_path: Path) -> None
     assert again.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
 
 
+def test_tokens_of_the_hub_are_not_written(config: Path, tmp_path: Path) -> None:
+    arguments = read_arguments(MntpArguments, config, ["--hub_token", "hf_secret", "--hub_model_id", "a/b"])
+    write_arguments(arguments, tmp_path)
+    written = (tmp_path / "training_config.yaml").read_text()
+    assert "hub_model_id: a/b" in written
+    assert "secret" not in written
+    assert "token" not in written
+
+
+OBJECT = '{"even_batches": false, "gradient_accumulation_kwargs": {"sync_each_batch": true}}'
+
+
+@pytest.mark.parametrize("given", [None, OBJECT])
+def test_settings_that_are_objects_are_written_and_read_back(config: Path, tmp_path: Path, given: str | None) -> None:
+    words = [] if given is None else ["--accelerator_config", given]
+    arguments = read_arguments(MntpArguments, config, words)
+    write_arguments(arguments, tmp_path)
+    again = read_arguments(MntpArguments, tmp_path / "training_config.yaml")
+    assert again.accelerator_config.to_dict() == arguments.accelerator_config.to_dict()
+    assert again.accelerator_config.even_batches is (given is None)
+    assert ("accelerator_config" in (tmp_path / "training_config.yaml").read_text()) is (given is not None)
+
+
+def test_a_setting_that_cannot_be_written_is_told(config: Path, tmp_path: Path) -> None:
+    arguments = read_arguments(MntpArguments, config)
+    arguments.optim_args = object()
+    with pytest.raises(UserError, match=r"optim_args=<object .*> cannot be written to .*training_config.yaml: give"):
+        write_arguments(arguments, tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("words", "expected"), [(["--fsdp"], True), (["--fsdp", "true"], True), (["--fsdp=False"], False)]
+    ("lines", "words", "steps"),
+    [
+        ("", [], 1000),
+        ("", ["--num_train_epochs", "2"], -1),
+        ("", ["--num-train-epochs=2"], -1),
+        ("num_train_epochs: 2", [], -1),
+        ("max_steps: 70", ["--num_train_epochs", "2"], -1),
+        ("max_steps: 70\nnum_train_epochs: 2", [], 70),
+        ("num_train_epochs: 2", ["--max_steps", "70"], 70),
+        ("", ["--num_train_epochs", "2", "--max_steps", "70"], 70),
+    ],
 )
-def test_sharding_is_switched_as_any_setting_is(words: list[str], expected: bool, config: Path) -> None:
-    assert read_arguments(MntpArguments, config, words).fsdp is expected
+def test_the_length_of_training_follows_what_was_asked_for_last(
+    config: Path, tmp_path: Path, lines: str, words: list[str], steps: int
+) -> None:
+    config.write_text(f"{config.read_text()}{lines}\n")
+    arguments = read_arguments(MntpArguments, config, words)
+    assert arguments.max_steps == steps
+    assert arguments.num_train_epochs == (2 if "num" in lines or "num" in "".join(words) else 3)
+    write_arguments(arguments, tmp_path / "out")
+    assert read_arguments(MntpArguments, tmp_path / "out" / "training_config.yaml").max_steps == steps
+
+
+def test_steps_as_by_default_beside_epochs_are_written_and_read_back(config: Path, tmp_path: Path) -> None:
+    arguments = read_arguments(MntpArguments, config, ["--num_train_epochs", "2", "--max_steps", "1000"])
+    write_arguments(arguments, tmp_path)
+    assert read_arguments(MntpArguments, tmp_path / "training_config.yaml").max_steps == 1000
+
+
+def test_a_ready_configuration_trains_by_the_epochs_of_the_command_line() -> None:
+    options = ["--train_file", "a.txt", "--use_cpu", "True", "--num_train_epochs", "2"]
+    assert read_arguments(MntpArguments, "llama-2-7b", options).max_steps == -1
+    assert read_arguments(WordLevelArguments, "llama-2-7b", options).max_steps == -1
+
+
+@pytest.mark.parametrize("wanted", ["true", "False"])
+def test_sharding_is_switched_as_any_setting_is(wanted: str, config: Path) -> None:
+    arguments = read_arguments(MntpArguments, config, ["--fsdp", wanted])
+    assert bool(arguments.fsdp) == (wanted == "true")
 
 
 @pytest.mark.parametrize("first", ["false", "true"])

@@ -14,9 +14,10 @@ import torch
 from reference_data import ARCHITECTURES, FOLDER, assert_matches
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from training_runs import UNCLIPPED, assert_trained_alike
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig
 
-from llm2vec_fast import LLM2Vec, make_bidirectional
+from llm2vec_fast import LLM2Vec, accelerate, make_bidirectional
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.training.arguments import MntpArguments
@@ -38,21 +39,26 @@ def arguments(settings: Settings) -> Arguments:
     return arguments
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "accelerated"])
 @pytest.mark.parametrize("masking", ["default", "all_mask"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_logits_and_gradients_are_the_originals(architecture: str, masking: str) -> None:
+def test_loss_logits_and_gradients_are_the_originals(architecture: str, masking: str, fused: bool) -> None:
     with np.load(FOLDER / f"{architecture}-mntp.npz") as file:
         found = {key.removeprefix(f"mntp|{masking}|"): file[key] for key in file.files if f"|{masking}|" in key}
     model = make_bidirectional(AutoModelForCausalLM.from_pretrained(FOLDER / architecture, dtype=torch.float32))
+    if fused:
+        assert "loss" in accelerate(model).swapped
     rows, length = found["input_ids"].shape
     layout = SequenceLayout.from_lengths([length] * rows)
     ids, labels = (torch.from_numpy(found[name]) for name in ("input_ids", "labels"))
     labels[:, 0] = IGNORED  # packed: the output before a sequence's first token is another sequence's
-    result = model(input_ids=ids.view(1, -1), labels=labels.view(1, -1), layout=layout)
+    batch = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1), "layout": layout}
+    result = model(**batch)
+    assert (result.logits is None) == fused
     result.loss.backward()
     assert_matches(result.loss.detach().numpy(), found["loss"])
-    logits = model(input_ids=ids.view(1, -1), layout=layout).logits.detach().view(rows, length, -1)
-    assert_matches(logits[:2].numpy(), found["logits"])
+    logits = model(**batch, output_logits=True).logits if fused else result.logits
+    assert_matches(logits.detach().view(rows, length, -1)[:2].numpy(), found["logits"])
     gradients = {name.removeprefix("grad|"): x for name, x in found.items() if name.startswith("grad|")}
     assert gradients
     for name, expected in gradients.items():
@@ -122,15 +128,49 @@ def test_training_lowers_the_loss_and_writes_an_encoder(
     assert (trained.encode(texts) - untrained.encode(texts)).abs().max() > 1e-3
 
 
-def test_evaluation_does_not_depend_on_its_batches(arguments: Arguments, corpus: str, tmp_path: Path) -> None:
-    """Batches whose hidden tokens differ in number: the mean of their losses is another one."""
+def test_evaluation_does_not_depend_on_its_batches(
+    settings: Settings,
+    launch: Callable[..., subprocess.Popen[str]],
+    finished: Callable[[subprocess.Popen[str]], None],
+    corpus: str,
+    tmp_path: Path,
+) -> None:
+    """Batches whose hidden tokens differ in number: the mean of their losses is another one.
+
+    Two processes start over with the first texts where the last ones do not fill their batches: once in a part of the
+    second one's, once in all of it.
+    """
     found = []
-    for size in (60, 7):
-        given = {"validation_file": [corpus], "per_device_eval_batch_size": size, "learning_rate": 0.0, "max_steps": 1}
-        train_mntp(arguments(f"by-{size}", save_strategy="no", **given))
-        scores = json.loads((tmp_path / f"by-{size}" / "eval_results.json").read_text())
+    for processes, size in ((1, 60), (1, 7), (2, 8), (2, 29)):
+        name = f"{processes}-by-{size}"
+        options = settings(
+            name, validation_file=[corpus], per_device_eval_batch_size=size, learning_rate=0.0, max_steps=1,
+            line_by_line=True, mask_token_type="eos", save_strategy="no",
+        )  # fmt: skip
+        if processes > 1:
+            finished(launch("mntp", options, processes))
+        else:
+            train_mntp(MntpArguments(**options))
+        scores = json.loads((tmp_path / name / "eval_results.json").read_text())
         found.append([scores["eval_loss"], scores["eval_accuracy"]])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found == [pytest.approx(found[0], rel=1e-5)] * len(found)
+
+
+def test_a_model_whose_loss_is_left_alone_is_evaluated_from_its_logits(
+    arguments: Arguments, corpus: str, tmp_path: Path
+) -> None:
+    """Cohere's output layer scales its logits."""
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CohereConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "cohere")
+    tokenizer.save_pretrained(tmp_path / "cohere")
+    given = {"model_name_or_path": str(tmp_path / "cohere"), "learning_rate": 0.0, "save_strategy": "no"}
+    given |= {"train_file": [corpus], "max_steps": 1, "per_device_train_batch_size": 60}
+    train_mntp(arguments(validation_file=[corpus], **given))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    scores = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert scores["eval_loss"] == pytest.approx(history[0]["loss"], rel=1e-5)
 
 
 def test_what_was_merged_before_comes_out_too(arguments: Arguments, tmp_path: Path) -> None:
@@ -174,15 +214,11 @@ def test_two_processes_train_as_one_on_the_joined_batch(
     """Batches whose hidden tokens differ in number: only a loss divided by the number of all of them agrees."""
     for name, processes in (("one", 1), ("two", 2)):
         options = settings(
-            name, mask_token_type="eos", line_by_line=True, max_steps=3, lora_dropout=0.0, optim="sgd",
-            learning_rate=1.0, save_strategy="no", per_device_train_batch_size=8 // processes,
+            name, mask_token_type="eos", line_by_line=True, max_steps=3, save_strategy="no", learning_rate=0.02,
+            per_device_train_batch_size=8 // processes, **UNCLIPPED,
         )  # fmt: skip
         finished(launch("mntp", options, processes))
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    moved = max(float(one[name].abs().max()) for name in one if "lora_B" in name)  # they start at zero
-    assert moved > 1e-3
-    for name in one:
-        assert_matches(two[name].numpy(), one[name].numpy())
+    assert_trained_alike(tmp_path / "one", tmp_path / "two")
 
 
 def remove(path: Path) -> None:
@@ -266,14 +302,11 @@ def test_a_step_that_hides_no_token_is_a_step_without_loss(arguments: Arguments,
 @pytest.mark.parametrize("masking", ["default", "all_mask"])
 def test_accumulated_steps_are_one_large_batch(arguments: Arguments, tmp_path: Path, masking: str) -> None:
     """Parts whose hidden tokens differ in number: only a loss divided by the number of all of them agrees."""
-    options = {"lora_dropout": 0.0, "optim": "sgd", "learning_rate": 1.0, "save_strategy": "no", "max_steps": 3}
+    options = {**UNCLIPPED, "learning_rate": 0.02, "save_strategy": "no", "max_steps": 3}
     for name, size, parts in (("one", 8, 1), ("parts", 2, 4)):
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
         train_mntp(arguments(name, data_collator_type=masking, **options, **sizes))
-    one, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "parts"))
-    assert max(float(one[name].abs().max()) for name in one if "lora_B" in name) > 1e-3  # they start at zero
-    for name in one:
-        assert_matches(parts[name].numpy(), one[name].numpy())
+    assert_trained_alike(tmp_path / "one", tmp_path / "parts")
 
 
 def test_texts_too_short_to_join_are_refused(arguments: Arguments, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainerControl
 
 from llm2vec_fast.training import (
     ContrastiveArguments,
@@ -41,6 +42,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_takes_callbacks(stage: str, settings: Callable[..., dict[str, object]], files: dict[str, str]) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: object, state: object, control: TrainerControl, **_: object) -> None:
+            control.should_training_stop = True
+
+    kind, train, own = STAGES[stage]
+    result = train(kind(**settings(train_file=files[stage], max_seq_length=48, **own)), callbacks=[Stop()])
+    assert result.global_step == 1
 
 
 @pytest.mark.usefixtures("one_thread")

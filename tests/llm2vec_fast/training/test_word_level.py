@@ -227,6 +227,23 @@ def test_a_row_without_a_label_a_word_is_named(tmp_path: Path) -> None:
         read_sentences([str(path)], "tokens", "ner")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("words.txt", "Ma\u00f1ana NC\n".encode("latin-1"), "words.txt is not UTF-8: save it as UTF-8"),
+        ("words.jsonl", b'{"tokens": ["a"], "tags": \n', "words.jsonl cannot be read: JSON parse error"),
+        ("words.jsonl", b"", "words.jsonl is empty: give a file with texts"),
+        ("words.parquet", b"no table", "words.parquet cannot be read: "),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_sentences([str(file)], *(("0", "1") if name.endswith("txt") else ("tokens", "tags")))
+    assert str(file) in str(caught.value)
+
+
 def test_entities_count_whole() -> None:
     labels = [["B-PER", "I-PER", "O", "B-LOC"]]
     scores = word_scores([["B-PER", "O", "O", "B-LOC"]], labels)

@@ -1,0 +1,77 @@
+"""Which layers of a decoder an adapter is put on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from reference_data import FOLDER
+from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
+from llm2vec_fast.errors import UserError
+from llm2vec_fast.training.arguments import LORA_TARGETS, MntpArguments
+from llm2vec_fast.training.models import load_model
+
+Settings = Callable[..., dict[str, object]]
+FUSED = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
+@pytest.fixture
+def phi(tmp_path: Path) -> str:
+    """A decoder whose projections are fused, as a folder."""
+    folder = tmp_path / "phi"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    Phi3ForCausalLM(Phi3Config(vocab_size=384, pad_token_id=0, **sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(FOLDER / "llama").save_pretrained(folder)
+    return str(folder)
+
+
+def adapted(model: PeftModel) -> set[str]:
+    names = {name.split(".lora_A")[0] for name, _ in model.named_modules() if name.endswith("lora_A.default")}
+    return {name.rsplit(".", 1)[-1] for name in names}
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_where_default_names_are_missing_all_linear_layers_are_adapted(
+    settings: Settings, phi: str, head: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="llm2vec_fast"):
+        stage = load_model(MntpArguments(**settings(model_name_or_path=phi)), head=head)
+    assert adapted(stage.model) == FUSED
+    assert "adapts down_proj, gate_up_proj, o_proj, qkv_proj" in caplog.text
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_llama_is_adapted_where_the_paper_says(settings: Settings, head: bool, tmp_path: Path) -> None:
+    stage = load_model(MntpArguments(**settings()), head=head)
+    assert adapted(stage.model) == set(LORA_TARGETS)
+    stage.model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == sorted(LORA_TARGETS)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_all_linear_is_pefts(settings: Settings, phi: str, head: bool) -> None:
+    given = settings(model_name_or_path=phi, lora_target_modules=["all-linear"])
+    assert adapted(load_model(MntpArguments(**given), head=head).model) == FUSED
+
+
+def test_one_layer_may_be_named_whole(settings: Settings) -> None:
+    given = settings(lora_target_modules=["layers.0.self_attn.q_proj", "o_proj"])
+    assert adapted(load_model(MntpArguments(**given), head=True).model) == {"q_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("names", [["o_proj", "q_proj"], ["o_proj", "all-linear"], ["proj"]])
+def test_a_name_of_no_layer_is_refused(settings: Settings, phi: str, names: list[str]) -> None:
+    given = MntpArguments(**settings(model_name_or_path=phi, lora_target_modules=names))
+    message = (
+        f"lora_target_modules={' '.join(names)} does not fit Phi3ForCausalLM: it has no layer {names[-1]}, but "
+        "down_proj, gate_up_proj, o_proj, qkv_proj"
+    )
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(given, head=True)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,67 @@
+"""The adapter that comes out of training one on, of every kind of LoRA whose scales differ."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference_data import FOLDER, assert_matches
+from safetensors.torch import load_file, save_file
+
+from llm2vec_fast import LLM2Vec
+from llm2vec_fast.training.arguments import SimcseArguments
+from llm2vec_fast.training.simcse import train_simcse
+
+Settings = Callable[..., dict[str, object]]
+TEXTS = ["rain fell over old walls", "a cat"]
+
+
+def adapter_with(folder: Path, rank_of_queries: int | None = None, **changes: object) -> str:
+    """The reference adapter with another configuration, its query projections cut to a rank."""
+    shutil.copytree(FOLDER / "llama-lora", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if rank_of_queries is not None:
+        changes["rank_pattern"] = {"q_proj": rank_of_queries}
+        weights = load_file(folder / "adapter_model.safetensors")
+        for name, x in weights.items():
+            if "q_proj" in name:
+                weights[name] = (x[:rank_of_queries] if "lora_A" in name else x[:, :rank_of_queries]).contiguous()
+        save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+def embeddings(adapter: str) -> np.ndarray:
+    encoder = LLM2Vec.from_pretrained(FOLDER / "llama", adapter, dtype="float32", device="cpu")
+    return encoder.encode(TEXTS, convert_to_numpy=True)
+
+
+@pytest.mark.parametrize("saved_rank", [None, 64])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}, {"rank_of_queries": 2}], ids=str
+)
+def test_an_adapter_that_is_not_changed_comes_out_the_same(
+    settings: Settings, tmp_path: Path, changes: dict, saved_rank: int | None
+) -> None:
+    adapter = adapter_with(tmp_path / "adapter", **changes)
+    given = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "saved_rank": saved_rank}
+    given |= {"peft_model_name_or_path": [adapter], "continue_adapter": True}
+    train_simcse(SimcseArguments(**settings(**given)))
+    assert_matches(embeddings(str(tmp_path / "out")), embeddings(adapter))
+
+
+def test_it_comes_out_with_what_was_merged_before_it(settings: Settings, tmp_path: Path) -> None:
+    """As one on the other's merged weights does."""
+    adapter = adapter_with(tmp_path / "adapter", use_rslora=True)
+    given = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "continue_adapter": True}
+    train_simcse(SimcseArguments(**settings(**given, peft_model_name_or_path=[str(FOLDER / "llama-lora"), adapter])))
+    below = LLM2Vec.from_pretrained(
+        FOLDER / "llama", str(FOLDER / "llama-lora"), dtype="float32", device="cpu", merge_peft=True
+    )
+    below.save(tmp_path / "below", merge_before_save=True)
+    both = LLM2Vec.from_pretrained(tmp_path / "below", adapter, dtype="float32", device="cpu")
+    assert_matches(embeddings(str(tmp_path / "out")), both.encode(TEXTS, convert_to_numpy=True))
