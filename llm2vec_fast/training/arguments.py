@@ -76,7 +76,6 @@ class StageArguments(TrainingArguments):
     ddp_find_unused_parameters: bool = field(
         default=False, metadata={"help": "Every adapter takes part in every step."}
     )
-    ddp_broadcast_buffers: bool = field(default=False, metadata={"help": "A decoder's buffers are constants."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "No use here: such a loss stops the run."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "Counts tokens for the speed shown."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
