@@ -24,7 +24,8 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, contender, folder, texts), daemon=True)
         self._process.start()
-        self.loaded_mib: float = self._pipe.recv()
+        theirs.close()  # or nobody would notice that the process has ended
+        self.loaded_mib: float = self._answer()
 
     def outputs(self) -> np.ndarray:
         """Run once and return the result."""
@@ -44,9 +45,13 @@ class Worker:
 
     def _ask(self, question: str) -> np.ndarray | float:
         self._pipe.send(question)
+        return self._answer()
+
+    def _answer(self) -> np.ndarray | float:
         try:
             return self._pipe.recv()
         except EOFError:
+            self._process.join()
             raise RuntimeError(f"a contender ended with exit code {self._process.exitcode}: see above") from None
 
 

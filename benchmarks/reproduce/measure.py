@@ -5,15 +5,19 @@ What can be chosen (how to pool, which output stands for a word) is chosen on ST
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.fetch import conll2003, smollm2, sts_benchmark
+from benchmarks.report import machine, write_json
 from llm2vec_fast import LLM2Vec
 from llm2vec_fast.evaluation import sts_spearman
+from llm2vec_fast.loading import ADAPTER_WEIGHTS
 from llm2vec_fast.training.word_level import WordLevelArguments, train_word_level
 
 TASKS = {"pos": "accuracy", "chunk": "accuracy", "ner": "f1"}
@@ -57,7 +61,7 @@ def sts_scores(encoder: Encoder, folder: Path) -> dict[str, Any]:
         best = max(found, key=found.__getitem__)
         return {"pooling": best, "dev": found[best], "test": _sts(encoder, folder, best, "test")}
 
-    return _once(folder / "scores" / f"{encoder.name}-sts.json", measure)
+    return _once(folder / "scores" / f"{encoder.name}-sts.json", _adapter(encoder, folder), measure)
 
 
 def word_scores(encoder: Encoder, folder: Path) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def word_scores(encoder: Encoder, folder: Path) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
         return {task: _best_words(encoder, folder, task) for task in TASKS}
 
-    return _once(folder / "scores" / f"{encoder.name}-words.json", measure)
+    return _once(folder / "scores" / f"{encoder.name}-words.json", _adapter(encoder, folder), measure)
 
 
 def peer_score(folder: Path) -> dict[str, Any]:
@@ -77,12 +81,12 @@ def peer_score(folder: Path) -> dict[str, Any]:
         peer = MiniLM()
         return {split: 100 * sts_spearman(peer, *_columns(split)) for split in ("dev", "test")}
 
-    return _once(folder / "scores" / "minilm-sts.json", measure)
+    return _once(folder / "scores" / "minilm-sts.json", None, measure)
 
 
 def load(encoder: Encoder, folder: Path, **options: Any) -> LLM2Vec:
     """The encoder, its adapter merged."""
-    adapter = None if encoder.stage is None else folder / encoder.stage
+    adapter = _adapter(encoder, folder)
     return LLM2Vec.from_pretrained(
         smollm2.fetch(), adapter, merge_peft=adapter is not None, enable_bidirectional=encoder.bidirectional, **options
     )
@@ -104,11 +108,12 @@ def _best_words(encoder: Encoder, folder: Path, task: str) -> dict[str, Any]:
 
 
 def _words(encoder: Encoder, folder: Path, task: str, label_from: str) -> dict[str, float]:
-    out = folder / "words" / f"{encoder.name}-{label_from}-{task}"
+    out, adapter = folder / "words" / f"{encoder.name}-{label_from}-{task}", _adapter(encoder, folder)
+    shutil.rmtree(out, ignore_errors=True)  # of another adapter, perhaps
     train_word_level(
         WordLevelArguments(
             output_dir=str(out), model_name_or_path=str(smollm2.fetch()), enable_bidirectional=encoder.bidirectional,
-            peft_model_name_or_path=None if encoder.stage is None else str(folder / encoder.stage),
+            peft_model_name_or_path=None if adapter is None else str(adapter),
             train_file=[str(conll2003.file("train"))], validation_file=[str(conll2003.file("valid"))],
             test_file=[str(conll2003.file("test"))], label_column=str(conll2003.COLUMNS[task]),
             retroactive_labels=label_from, features_folder=str(folder / "features" / encoder.name),
@@ -123,11 +128,18 @@ def _words(encoder: Encoder, folder: Path, task: str, label_from: str) -> dict[s
     }
 
 
-def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured before, else measured now and kept."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(measure(), indent=2), encoding="utf-8")
-        beside.replace(path)
-    return json.loads(path.read_text(encoding="utf-8"))
+def _adapter(encoder: Encoder, folder: Path) -> Path | None:
+    return None if encoder.stage is None else folder / encoder.stage
+
+
+def _once(path: Path, adapter: Path | None, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured before of the same adapter, else measured now, and kept with where and when."""
+    of = None if adapter is None else hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.get("adapter") == of:
+            return kept
+    found = {**measure(), "adapter": of, "machine": machine()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+    return found

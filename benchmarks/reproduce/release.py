@@ -46,7 +46,8 @@ about 100,000 short texts: it shows the recipe, and does not compete with encode
 
 ## Scores
 
-STS-B, Spearman × 100, mean pooling, after each stage; nothing of it was trained on:
+STS-B, Spearman × 100, after each stage, with mean pooling (of the causal model: weighted mean, the better one on STS-B
+dev); nothing of it was trained on:
 
 {scores}
 
@@ -54,9 +55,9 @@ STS-B, Spearman × 100, mean pooling, after each stage; nothing of it was traine
 
 - Masked next-token prediction and SimCSE: paragraphs of 206 English Wikipedia pages (CC BY-SA) that come with gensim's
   tests, and the sentences of nlp-corpus (MIT); for the former every other text with a space around words and marks.
-- Pairs: WordNet 3.1 (word and gloss, example and the same with a synonym), Wikipedia (title and first paragraph,
-  neighbouring sentences), and Python libraries (a function's name and its docstring, how one begins and what it goes on
-  with): {libraries}
+- Pairs: WordNet 3.1 (word and gloss, example and the same with a synonym), Wikipedia (titles of page and section with
+  how the section begins, neighbouring sentences), and Python libraries (a function's name and its docstring, how one
+  begins and what it goes on with): {libraries}
   (MIT, BSD, ISC, Apache-2.0).
 - Left out: every text that equals one of STS-B or CoNLL-2003, and every pair with a whole sentence of theirs or of
   Python's own docstrings, which `make demo` searches; quotations that a library changed, or that were cut, stay.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine, markdown_table, update_readme, write_json
+from benchmarks.report import markdown_table, update_readme, write_json
 from benchmarks.reproduce.measure import ENCODERS, TASKS
 from benchmarks.reproduce.stages import CONFIG, STAGES, seconds_of
 from benchmarks.reproduce.texts import write_lines
@@ -27,11 +27,17 @@ def publish(folder: Path) -> None:
     for stage, log in logs.items():
         write_lines(map(json.dumps, log), RESULTS / "reproduce" / f"{stage}.jsonl")
     curves = {stage: [(line["step"], line["loss"]) for line in log if "loss" in line] for stage, log in logs.items()}
-    content = {"machine": machine(), "configuration": CONFIG, "scores": scores, "minutes": minutes}
+    latest = max((kept["machine"] for kept in scores.values()), key=lambda about: about["date"])
+    content = {"machine": latest, "configuration": CONFIG, "scores": scores, "minutes": minutes}
     write_json(RESULTS / "reproduce" / "scores.json", content)
     if curves:
         plot(curves, RESULTS / "reproduce" / "learning-curves.png")
-    about = content["machine"]
+    update_readme("reproduce", section(content))
+
+
+def section(content: dict[str, Any]) -> str:
+    """What the README shows of what is in scores.json."""
+    about, minutes = content["machine"], content["minutes"]
     note = (
         f"STS-B: Spearman × 100. CoNLL-2003, by a linear head on frozen outputs: accuracy of POS and chunks, F1 of "
         f"NER, in percent. {about['processor']}, "
@@ -39,7 +45,7 @@ def publish(folder: Path) -> None:
         + ", ".join(f"{stage} {spent:.0f} min" for stage, spent in minutes.items() if spent)
         + "."
     )
-    update_readme("reproduce", f"{markdown_table(rows(scores))}\n\n{note}")
+    return f"{markdown_table(rows(content['scores']))}\n\n{note}"
 
 
 def rows(scores: dict[str, Any]) -> list[dict[str, str]]:
