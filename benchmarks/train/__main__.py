@@ -26,58 +26,83 @@ from benchmarks.train.batches import (
     MNTP,
     MNTP_BATCH,
     MNTP_LENGTH,
+    SIMCSE,
     SIMCSE_BATCH,
     STAGES,
     packed_up,
     small_batches,
     tokens_of,
     whole_batches,
-)  # fmt: skip
+)
 from benchmarks.train.contenders import RANK, Contender, described, train
 from benchmarks.worker import Worker
 
 RESULTS = Path(__file__).parent.parent / "results" / "train.json"
-DROPOUT = {MNTP: 0.0, "simcse": 0.3, BY_LENGTH: 0.3}  # of attention, in the steps that are timed
-OURS, OURS_CHECKPOINTED = "llm2vec-fast", "llm2vec-fast, activation checkpointing"
-AS_THE_ORIGINAL = "transformers + peft, float32 weights under bf16 autocast"
-BEST, BEST_CHECKPOINTED = (
-    "transformers + peft, best settings",
-    "transformers + peft, the same, activation checkpointing",
-)
+DROPOUT = {MNTP: 0.0, SIMCSE: 0.3, BY_LENGTH: 0.3}  # of attention, in the steps that are timed
+CHECKPOINTING = "activation checkpointing"
+OURS, OURS_CHECKPOINTED = "llm2vec-fast", f"llm2vec-fast, {CHECKPOINTING}"
+ORIGINAL = "transformers + peft, float32 weights under bf16 autocast"
+SETTINGS = "transformers + peft, bf16 weights"
+LABELLED = "the same, logits of the labelled tokens alone"
+LIMIT = "the matrix products alone"
+PLAIN_BF16 = Contender()
+EAGER_BF16 = Contender(attention="eager")
+_OURS = {OURS: Contender("ours"), OURS_CHECKPOINTED: Contender("ours", checkpointing=True)}
+# Of each stage who takes turns with whom, and in how many of the steps that losses are compared for.
 CONTENDERS = {
-    OURS: Contender(ours=True),
-    OURS_CHECKPOINTED: Contender(ours=True, checkpointing=True),
-    AS_THE_ORIGINAL: Contender(dtype="float32"),
-    BEST: Contender(labelled_only=True),
-    BEST_CHECKPOINTED: Contender(labelled_only=True, checkpointing=True),
+    MNTP: {
+        **_OURS,
+        ORIGINAL: Contender(dtype="float32"),
+        SETTINGS: PLAIN_BF16,
+        LABELLED: Contender(labelled_only=True),
+        f"{LABELLED}, {CHECKPOINTING}": Contender(labelled_only=True, checkpointing=True),
+        LIMIT: Contender("products"),
+    },
+    SIMCSE: {
+        **_OURS,
+        ORIGINAL: Contender(dtype="float32"),
+        f"{SETTINGS}, eager attention": EAGER_BF16,
+        f"the same, {CHECKPOINTING}": Contender(attention="eager", checkpointing=True),
+        LIMIT: Contender("products"),
+    },
+    BY_LENGTH: {
+        OURS: Contender("ours"),
+        f"{SETTINGS}, eager attention": EAGER_BF16,
+        LIMIT: Contender("products"),
+    },
 }
-FEW = 10  # steps that show that losses agree where nothing but memory or the batches are other ones
-PAIRS = ((OURS, AS_THE_ORIGINAL), (OURS, BEST), (OURS_CHECKPOINTED, BEST_CHECKPOINTED))  # what takes turns
+FEW = 10  # steps that show that losses agree, where nothing but memory or the batches are other ones
+WHOLE_CURVES = (ORIGINAL, LABELLED)
 
 
 def measure(folder: str, stage: str, steps: int, rounds: int) -> dict:
-    """Each pair in turn (all at once may not fit in memory): losses of ``steps`` small steps of each, then ``rounds``
-    of turns, a whole step each."""
+    """Ours beside each peer in turn (all at once may not fit in memory): losses of ``steps`` small steps of each, then
+    ``rounds`` of turns, a whole step each."""
     small = packed_up(small_batches(folder, stage, steps))
     batches = whole_batches(folder, stage, rounds + 1)
     rows: dict[str, dict] = {}
-    for pair in PAIRS:
-        workers = {name: _worker(folder, stage, 0.0, name, small) for name in pair}
-        losses = _losses(stage, workers, steps if OURS in pair else min(steps, FEW))
+    for peer, contender in CONTENDERS[stage].items():
+        if contender.kind == "ours":
+            continue
+        ours = OURS_CHECKPOINTED if contender.checkpointing else OURS
+        pair, losses = (ours, peer), {ours: [], peer: []}
+        if peer != LIMIT:
+            workers = {name: _worker(folder, stage, 0.0, name, small) for name in pair}
+            losses = _losses(stage, workers, steps if peer in WHOLE_CURVES else min(steps, FEW))
         workers = {name: _worker(folder, stage, DROPOUT[stage], name, packed_up(batches)) for name in pair}
         found = _turns(workers, rounds)
         for name in pair:
             rows.setdefault(name, {"losses": losses[name], "beside": {}, **found[name]})
-        ours, peer = pair
         rows[peer]["beside"] = {ours: found[ours]["seconds"]}
     return {"tokens": [tokens_of(stage, batch) for batch in batches[1:]], "contenders": rows}
 
 
 def _worker(folder: str, stage: str, dropout: float, name: str, batches: str) -> Worker:
-    return Worker(train, folder, [described(stage, dropout, CONTENDERS[name]), batches])
+    return Worker(train, folder, [described(stage, dropout, CONTENDERS[stage][name]), batches])
 
 
 def _losses(stage: str, workers: dict[str, Worker], steps: int) -> dict[str, list[float]]:
+    """Of each contender, which ends here."""
     losses: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(steps):
         for name, worker in workers.items():
@@ -107,25 +132,24 @@ def _turns(workers: dict[str, Worker], rounds: int) -> dict[str, dict]:
 def summarise(stage: str, found: dict) -> list[dict[str, str]]:
     """One table row a contender; each peer beside the one of ours that it took turns with."""
     rows, tokens = found["contenders"], sum(found["tokens"])
+    longest = max(len(row["losses"]) for row in rows.values())
     table = []
     for name, row in rows.items():
-        (ours, beside), *_ = [*row["beside"].items(), (name, row["seconds"])]
-        ratios = [peer / own for peer, own in zip(row["seconds"], beside, strict=True)]
-        apart = np.abs(np.array(row["losses"]) - np.array(rows[ours]["losses"][: len(row["losses"])]))
-        memory, own = row["above_weights_mib"], rows[ours]["above_weights_mib"]
-        steps = len(row["losses"])
-        is_peer = bool(row["beside"])
-        table.append(
-            {
-                stage: name,
-                "tokens/s": f"{tokens / sum(row['seconds']):.0f}",
-                "time, × ours": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})" * is_peer,
-                "memory above the weights": f"{memory:.0f} MiB",
-                "ours of it": f"{own / memory:.0%}" * is_peer,
-                f"loss, last half of {steps} steps": f"{statistics.mean(row['losses'][steps // 2 :]):.3f}",
-                "apart from ours, median (most)": f"{np.median(apart):.4f} ({apart.max():.4f})" * is_peer,
-            }
-        )
+        cells = {stage: name, "tokens/s": f"{tokens / sum(row['seconds']):.0f}", "time, × ours": "", "memory": "",
+                 "ours of it": "", "loss": "", "apart from ours, median (most)": ""}  # fmt: skip
+        memory = row["above_weights_mib"]
+        if name != LIMIT:
+            cells["memory"] = f"{memory:.0f} MiB"
+        if len(row["losses"]) == longest > FEW:
+            cells["loss"] = f"{statistics.mean(row['losses'][-FEW:]):.3f}"
+        for ours, beside in row["beside"].items():
+            ratios = [peer / own for peer, own in zip(row["seconds"], beside, strict=True)]
+            cells["time, × ours"] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
+            if row["losses"]:
+                cells["ours of it"] = f"{rows[ours]['above_weights_mib'] / memory:.0%}"
+                apart = np.abs(np.array(row["losses"]) - np.array(rows[ours]["losses"][: len(row["losses"])]))
+                cells["apart from ours, median (most)"] = f"{np.median(apart):.4f} ({apart.max():.4f})"
+        table.append(cells)
     return table
 
 
@@ -133,13 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Training steps against transformers and peft, one model, one run.")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--steps", type=int, default=50, help="steps whose losses are compared (default 50)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns that are timed (default 7)")
+    parser.add_argument("--rounds", type=int, default=6, help="turns that are timed (default 6)")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     given = parser.parse_args()
     folder = str(smollm2.fetch())
     for stage in given.stage:
-        steps = min(given.steps, FEW) if stage == BY_LENGTH else given.steps
-        found = measure(folder, stage, steps, given.rounds)
+        found = measure(folder, stage, given.steps, given.rounds)
         print(markdown_table(summarise(stage, found)), flush=True)
         if not given.dry:  # after each stage: nothing measured is lost
             about = {**machine(), "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name}
@@ -162,17 +185,18 @@ def page(stages: dict[str, dict]) -> str:
 def _about() -> str:
     return (
         f"SmolLM2-135M, LoRA r = {RANK}. MNTP: {MNTP_BATCH} sequences of {MNTP_LENGTH} tokens; SimCSE: {SIMCSE_BATCH} "
-        "sentences, each twice, of their own lengths. Memory: the most over all batches. Best settings: weights in "
-        "bfloat16, logits of the labelled tokens alone."
+        "sentences, each twice. Tokens: real ones, of all steps over their time. Time: median of the turns, and their "
+        "range. Memory: above the weights, the most over all steps. Losses are of quarter batches, without dropout; "
+        f"where whole curves are compared, the mean of the last {FEW} is shown."
     )
 
 
 def _section(stage: str, found: dict) -> str:
     about = found["machine"]
+    steps = {len(row["losses"]) for row in found["contenders"].values()} - {0}
     note = (
-        f"Time: medians of {found['rounds']} turns, and their range; losses without dropout, on quarter batches. "
-        f"{about['processor']}, {about['cores']} cores; torch {about['torch']}, transformers {about['transformers']}; "
-        f"{about['date']}."
+        f"{found['rounds']} turns; losses of {' or '.join(map(str, sorted(steps)))} steps. {about['processor']}, "
+        f"{about['cores']} cores; torch {about['torch']}, transformers {about['transformers']}; {about['date']}."
     )
     return f"{markdown_table(summarise(stage, found))}\n\n{note}"
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize, pad
+from torch.nn.functional import cross_entropy, linear, normalize, pad
 
-from benchmarks.train.batches import IGNORED, MNTP, padded, unpacked
+from benchmarks.train.batches import IGNORED, MNTP, padded, tokens_of, unpacked
 from benchmarks.worker import forget_peak
 
 RANK, LEARNING_RATE, SCALE = 16, 2e-4, 20.0
@@ -23,14 +23,17 @@ class Contender:
     """How a model is trained.
 
     Attributes:
-        ours: by this library: packed, accelerated, no logits; else by stock transformers and peft, padded.
+        kind: ours: by this library, packed, accelerated, no logits. stock: by transformers and peft, padded. products:
+            the model's matrix products alone, forward and of their inputs' gradients: the limit for any of them.
         dtype: of the frozen weights; the adapter is float32, and stock code runs under bf16 autocast.
+        attention: of stock code: sdpa, or eager, which is faster under dropout on a CPU.
         labelled_only: logits of the labelled tokens alone, by the stock model's own ``logits_to_keep``.
         checkpointing: activations are computed again in the backward pass, as the original's configurations ask for.
     """
 
-    ours: bool = False
+    kind: str = "stock"
     dtype: str = "bfloat16"
+    attention: str = "sdpa"
     labelled_only: bool = False
     checkpointing: bool = False
 
@@ -39,7 +42,9 @@ def train(folder: str, given: list[str]) -> Callable[[], np.ndarray]:
     """Build a contender; each call is one step on the next batch (forward, backward, AdamW) and returns its loss."""
     stage, dropout, settings = json.loads(given[0])
     contender, batches = Contender(**settings), unpacked(given[1])
-    model, step = (_ours if contender.ours else _stock)(folder, stage, dropout, contender)
+    if contender.kind == "products":
+        return _products(folder, stage, batches)
+    model, step = (_ours if contender.kind == "ours" else _stock)(folder, stage, dropout, contender)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE)
     model.train()
@@ -94,12 +99,35 @@ def _stock(folder: str, stage: str, dropout: float, contender: Contender) -> tup
     config = AutoConfig.from_pretrained(folder, **({} if stage == MNTP else {"attention_dropout": dropout}))
     config.is_causal = False
     dtype = getattr(torch, contender.dtype)
-    model = kind.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+    model = kind.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=contender.attention)
     adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=list(LORA_TARGETS))
     model = get_peft_model(model, adapter)
     if contender.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, _mntp_padded(model, contender.labelled_only) if stage == MNTP else _simcse_padded(model)
+
+
+def _products(folder: str, stage: str, batches: list[list[Tensor]]) -> Callable[[], np.ndarray]:
+    """Of real tokens alone, in bfloat16; of MNTP's output layer those of the labelled ones."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    weights = [module.weight.detach() for module in model.layers.modules() if isinstance(module, nn.Linear)]
+    head = [model.embed_tokens.weight.detach()] if stage == MNTP else []
+    taken = 0
+
+    @torch.no_grad()
+    def run() -> np.ndarray:
+        nonlocal taken
+        batch = batches[taken % len(batches)]
+        taken += 1
+        labelled = sum(int((text[1] != IGNORED).sum()) for text in batch)
+        for weight, rows in (*((x, tokens_of(stage, batch)) for x in weights), *((x, labelled) for x in head)):
+            outputs = linear(torch.ones(rows, weight.shape[1], dtype=weight.dtype), weight)
+            outputs @ weight
+        return np.array(0.0)
+
+    return run
 
 
 def _mntp_packed(model: nn.Module) -> Step:
