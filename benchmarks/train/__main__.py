@@ -5,8 +5,8 @@
 
 Every contender trains in a process of its own, on the same batches (for MNTP with the same tokens hidden), with the
 same adapter and optimiser, and ours takes turns with each peer. First the losses of so many steps on quarter batches
-are compared, without dropout, whose draws would differ; then, in new processes, whole batches are timed, after one that
-is not.
+are compared, without dropout, whose draws would differ, and SimCSE's in float32; then, in new processes, whole batches
+are timed, after one that is not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +88,9 @@ def measure(folder: str, stage: str, steps: int, rounds: int) -> dict:
         ours = OURS_CHECKPOINTED if contender.checkpointing else OURS
         pair, losses = (ours, peer), {ours: [], peer: []}
         if peer != LIMIT:
-            workers = {name: _worker(folder, stage, 0.0, name, small) for name in pair}
+            workers = {name: _worker(folder, stage, name, small, compared=True) for name in pair}
             losses = _losses(stage, workers, steps if peer in WHOLE_CURVES else min(steps, FEW))
-        workers = {name: _worker(folder, stage, DROPOUT[stage], name, packed_up(batches)) for name in pair}
+        workers = {name: _worker(folder, stage, name, packed_up(batches)) for name in pair}
         found = _turns(workers, rounds)
         for name in pair:
             rows.setdefault(name, {"losses": losses[name], "beside": {}, **found[name]})
@@ -97,8 +98,12 @@ def measure(folder: str, stage: str, steps: int, rounds: int) -> dict:
     return {"tokens": [tokens_of(stage, batch) for batch in batches[1:]], "contenders": rows}
 
 
-def _worker(folder: str, stage: str, dropout: float, name: str, batches: str) -> Worker:
-    return Worker(train, folder, [described(stage, dropout, CONTENDERS[stage][name]), batches])
+def _worker(folder: str, stage: str, name: str, batches: str, compared: bool = False) -> Worker:
+    """Where losses are ``compared`` without dropout, whose draws would differ, and for SimCSE in float32."""
+    contender = CONTENDERS[stage][name]
+    if compared:
+        contender = replace(contender, exact=stage != MNTP)
+    return Worker(train, folder, [described(stage, 0.0 if compared else DROPOUT[stage], contender), batches])
 
 
 def _losses(stage: str, workers: dict[str, Worker], steps: int) -> dict[str, list[float]]:
@@ -186,8 +191,8 @@ def _about() -> str:
     return (
         f"SmolLM2-135M, LoRA r = {RANK}. MNTP: {MNTP_BATCH} sequences of {MNTP_LENGTH} tokens; SimCSE: {SIMCSE_BATCH} "
         "sentences, each twice. Tokens: real ones, of all steps over their time. Time: median of the turns, and their "
-        "range. Memory: above the weights, the most over all steps. Losses are of quarter batches, without dropout; "
-        f"where whole curves are compared, the mean of the last {FEW} is shown."
+        "range. Memory: above the weights, the most over all steps. Losses are of quarter batches, without dropout, "
+        f"SimCSE's in float32; where whole curves are compared, the mean of the last {FEW} is shown."
     )
 
 

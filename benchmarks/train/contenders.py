@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class Contender:
         kind: ours: by this library, packed, accelerated, no logits. stock: by transformers and peft, padded. products:
             the model's matrix products alone, forward and of their inputs' gradients: the limit for any of them.
         dtype: of the frozen weights; the adapter is float32, and stock code runs under bf16 autocast.
+        exact: all in float32, to compare losses: bfloat16 alone moves those of a few short texts by half.
         attention: of stock code: sdpa, or eager, which is faster under dropout on a CPU.
         labelled_only: logits of the labelled tokens alone, by the stock model's own ``logits_to_keep``.
         checkpointing: activations are computed again in the backward pass, as the original's configurations ask for.
@@ -33,6 +34,7 @@ class Contender:
 
     kind: str = "stock"
     dtype: str = "bfloat16"
+    exact: bool = False
     attention: str = "sdpa"
     labelled_only: bool = False
     checkpointing: bool = False
@@ -42,6 +44,8 @@ def train(folder: str, given: list[str]) -> Callable[[], np.ndarray]:
     """Build a contender; each call is one step on the next batch (forward, backward, AdamW) and returns its loss."""
     stage, dropout, settings = json.loads(given[0])
     contender, batches = Contender(**settings), unpacked(given[1])
+    if contender.exact:
+        contender = replace(contender, dtype="float32")
     if contender.kind == "products":
         return _products(folder, stage, batches)
     model, step = (_ours if contender.kind == "ours" else _stock)(folder, stage, dropout, contender)
@@ -104,7 +108,7 @@ def _stock(folder: str, stage: str, dropout: float, contender: Contender) -> tup
     model = get_peft_model(model, adapter)
     if contender.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, _mntp_padded(model, contender.labelled_only) if stage == MNTP else _simcse_padded(model)
+    return model, _mntp_padded(model, contender) if stage == MNTP else _simcse_padded(model, contender)
 
 
 def _products(folder: str, stage: str, batches: list[list[Tensor]]) -> Callable[[], np.ndarray]:
@@ -142,15 +146,15 @@ def _mntp_packed(model: nn.Module) -> Step:
     return step
 
 
-def _mntp_padded(model: nn.Module, labelled_only: bool) -> Step:
+def _mntp_padded(model: nn.Module, contender: Contender) -> Step:
     def step(texts: list[Tensor]) -> Tensor:
         ids, labels, mask = padded(texts)
         given = {"labels": labels}
-        if labelled_only:
+        if contender.labelled_only:
             shifted = pad(labels[:, 1:], (0, 1), value=IGNORED)
             kept = shifted != IGNORED
             given |= {"logits_to_keep": kept, "shift_labels": shifted[kept]}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not contender.exact):
             return model(input_ids=ids, attention_mask=mask, use_cache=False, **given).loss
 
     return step
@@ -170,9 +174,9 @@ def _simcse_packed(model: nn.Module) -> Step:
     return step
 
 
-def _simcse_padded(model: nn.Module) -> Step:
+def _simcse_padded(model: nn.Module, contender: Contender) -> Step:
     def view(ids: Tensor, mask: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not contender.exact):
             hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         return normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 

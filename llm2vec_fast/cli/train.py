@@ -32,6 +32,8 @@ _HOMES = {
     Stage.word_level: ("word_level", "WordLevelArguments", "train_word_level"),
 }
 
+_SCORES = ("_accuracy", "_f1", "eval_loss")  # of evaluations, as their names end
+
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -72,7 +74,7 @@ def train(
         raise UserError(f"training needs the package {error.name}: pip install 'llm2vec-fast[train]'") from error
 
     if options:
-        _print_options(kind)
+        _print_options(kind, config)
         return
     overrides = list(context.args)
     if config is not None and str(config).startswith("--"):
@@ -80,7 +82,9 @@ def train(
     arguments = read_arguments(kind, config, overrides)
     result = run(arguments)
     if arguments.process_index == 0:
-        print(f"trained {result.global_step:,} steps, mean loss {result.training_loss:.4f}: {arguments.output_dir}")
+        scores = [f"{name} {value:.4f}" for name, value in result.metrics.items() if name.endswith(_SCORES)]
+        told = ", ".join([f"trained {result.global_step:,} steps", f"mean loss {result.training_loss:.4f}", *scores])
+        print(f"{told}: {arguments.output_dir}")
 
 
 def _stage(stage: Stage) -> tuple[type[StageArguments], Callable[[Any], Any]]:
@@ -90,7 +94,7 @@ def _stage(stage: Stage) -> tuple[type[StageArguments], Callable[[Any], Any]]:
     return getattr(module, arguments), getattr(module, function)
 
 
-def _print_options(kind: type[StageArguments]) -> None:
+def _print_options(kind: type[StageArguments], config: Path | None) -> None:
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
@@ -98,8 +102,8 @@ def _print_options(kind: type[StageArguments]) -> None:
     from llm2vec_fast.training.config import own_options, ready_configs
 
     console = Console()
-    for name, default, text in own_options(kind):
-        console.print(Text.assemble((f"--{name}", "bold"), f" {default}"))
+    for name, value, text in own_options(kind, config):
+        console.print(Text.assemble((f"--{name}", "bold"), f" {value}"))
         console.print(Padding(Text(text), (0, 0, 0, 4)))
     ready = ", ".join(ready_configs(kind.STAGE)) or "none"
     console.print(Text(f"\nReady configurations: {ready}.\nBeside these, all of transformers' TrainingArguments."))

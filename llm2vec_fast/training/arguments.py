@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.kernels.pooling import POOLING_MODES
+from llm2vec_fast.loading import best_device
 from llm2vec_fast.precision import DTYPES
 from llm2vec_fast.training.masking import MASK_TOKENS, MASKINGS
 
@@ -88,6 +90,7 @@ class StageArguments(TrainingArguments):
             raise UserError("model_name_or_path is not given: name the decoder to train")
         if not self.train_file:
             raise UserError("train_file is not given: name the texts to train on")
+        require_output(self)
         if self.max_seq_length < 2:
             raise UserError(f"max_seq_length={self.max_seq_length} leaves nothing to predict: give at least 2")
         if self.continue_adapter and not (self.peft_model_name_or_path and self.lora_r):
@@ -101,9 +104,11 @@ class StageArguments(TrainingArguments):
         require_share("lora_dropout", self.lora_dropout)
         require_choice("model_dtype", self.model_dtype, ("auto", *DTYPES))
         require_usable_run(self)
+        settle_on_cpu(self)
         if str(self.fsdp).lower() in ("true", "false"):  # transformers knows a bare --fsdp, and not --fsdp true
             self.fsdp = str(self.fsdp).lower() == "true"
         super().__post_init__()
+        require_joined(self)
         if self.n_gpu > 1:  # transformers would cut batches along their first dimension, and a packed one has no such
             self._n_gpu = 1
 
@@ -292,6 +297,12 @@ class ContrastiveArguments(EmbeddingArguments):
         super().__post_init__()
 
 
+def require_output(arguments: TrainingArguments) -> None:
+    """transformers would take a folder of its own."""
+    if not arguments.output_dir:
+        raise UserError("output_dir is not given: name the folder for what comes out")
+
+
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name}={value} is unknown: choose one of {', '.join(choices)}")
@@ -320,6 +331,28 @@ def require_usable_run(arguments: TrainingArguments) -> None:
     for name in ("seed", "data_seed"):
         if not 0 <= (getattr(arguments, name) or 0) < 2**32:
             raise UserError(f"{name}={getattr(arguments, name)} is not a seed: give a number from 0 to below 2**32")
+
+
+def settle_on_cpu(arguments: TrainingArguments) -> None:
+    """Where there is no accelerator, ask for the CPU: only then does accelerate join the processes of a launcher.
+
+    What is set here is kept by name in ``settled``: it is this machine's, and not the run's.
+    """
+    before = arguments.use_cpu, arguments.dataloader_pin_memory
+    arguments.use_cpu = arguments.use_cpu or best_device().type == "cpu"
+    arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and not arguments.use_cpu
+    now = {"use_cpu": arguments.use_cpu, "dataloader_pin_memory": arguments.dataloader_pin_memory}
+    arguments.settled = [name for (name, value), old in zip(now.items(), before, strict=True) if value != old]
+
+
+def require_joined(arguments: TrainingArguments) -> None:
+    """Refuse processes that would each train alone, into the same folder."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != arguments.world_size:
+        raise UserError(
+            f"{started} processes were started and {arguments.world_size} would train together on {arguments.device}: "
+            "give --use_cpu true, or start one"
+        )
 
 
 def require_share(name: str, value: float) -> None:

@@ -19,6 +19,7 @@ from llm2vec_fast.training.arguments import StageArguments
 Arguments = TypeVar("Arguments", bound=StageArguments)
 RESOLVED = "training_config.yaml"
 _STEPS, _EPOCHS = "max_steps", "num_train_epochs"
+_ALWAYS_SHOWN = ("output_dir", "learning_rate", "seed")
 _HINT = "llm2vec-fast train STAGE --options tells what there is"
 READY = Path(__file__).parent / "configs"
 
@@ -63,17 +64,27 @@ def ready_configs(stage: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted((READY / stage).glob("*.yaml"))}
 
 
-def own_options(kind: type[StageArguments]) -> list[tuple[str, str, str]]:
-    """A stage's settings that transformers has not, then those with another default: name, default, what it is."""
+def own_options(kind: type[StageArguments], config: str | Path | None = None) -> list[tuple[str, str, str]]:
+    """A stage's settings that transformers has not, then those with another default and those that every run has: name,
+    value (of the configuration, where it has one), what it is."""
+    given = {} if config is None else _read_yaml(_find(Path(config), kind.STAGE))
     stock = {item.name: item for item in dataclasses.fields(TrainingArguments)}
     items = [item for item in dataclasses.fields(kind) if item.init]
     own = [item for item in items if item.name not in stock]
-    changed = [item for item in items if item.name in stock and _default_of(item) != _default_of(stock[item.name])]
-    return [(item.name, _shown(_default_of(item)), item.metadata.get("help", "")) for item in [*own, *changed]]
+    changed = [
+        item for item in items
+        if item.name in stock
+        and (_default_of(item) != _default_of(stock[item.name]) or item.name in given or item.name in _ALWAYS_SHOWN)
+    ]  # fmt: skip
+    return [
+        (item.name, _shown(given.get(item.name, _default_of(item))), item.metadata.get("help", ""))
+        for item in [*own, *changed]
+    ]
 
 
 def write_arguments(arguments: StageArguments, folder: Path) -> None:
-    """Every setting that differs from its default but tokens of the hub, as a file that `read_arguments` takes.
+    """Every setting that differs from its default, but tokens of the hub and what this machine alone decides, as a file
+    that `read_arguments` takes.
 
     Raises:
         UserError: a setting is nothing that can be written.
@@ -83,7 +94,8 @@ def write_arguments(arguments: StageArguments, folder: Path) -> None:
     chosen = {}
     for item in items:
         value = getattr(arguments, item.name)
-        if item.init and not item.name.endswith("_token") and not _is_default(value, _default_of(item)):
+        unsaid = item.name.endswith("_token") or item.name in arguments.settled or not item.init
+        if not unsaid and not _is_default(value, _default_of(item)):
             chosen[item.name] = _written(item.name, value, folder / RESOLVED)
     if _EPOCHS in chosen:  # alone they would be read as going by them
         chosen[_STEPS] = _written(_STEPS, arguments.max_steps, folder / RESOLVED)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -53,6 +57,8 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
     """
     set_seed(arguments.seed)  # the adapter's first weights are random
     dtype = choose_dtype(arguments.model_dtype, best_device() if not arguments.use_cpu else torch.device("cpu")).dtype
+    if arguments.fsdp and arguments.world_size == 1:
+        raise UserError("fsdp needs several processes: start with torchrun --nproc-per-node N, or leave it out")
     base, adapters = _resolved(str(arguments.model_name_or_path), arguments.peft_model_name_or_path)
     # 16-bit weights are too coarse to be trained themselves.
     loaded = load(base, merge=True, dtype=dtype if arguments.lora_r else torch.float32, head=head)
@@ -77,7 +83,8 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
 def _adapted(model: nn.Module, arguments: StageArguments) -> PeftModel:
     targets = _targets(model, arguments.lora_target_modules)
     try:
-        return get_peft_model(model, lora_config(arguments, targets))
+        with _peft_quiet():
+            return get_peft_model(model, lora_config(arguments, targets))
     except ValueError as error:  # peft names the layers that it cannot adapt
         raise UserError(
             f"lora_target_modules={' '.join(arguments.lora_target_modules)} does not fit {type(model).__name__}: "
@@ -126,6 +133,12 @@ def lora_config(arguments: StageArguments, targets: list[str] | str) -> LoraConf
 def _resolved(base: str, adapters: list[str]) -> tuple[str, list[str]]:
     """Where an adapter was given as the base: the model below, and that adapter as the first of all."""
     adapters = [adapter_source(adapter) for adapter in adapters]
+    for adapter in adapters:
+        if adapter.count("/") != 1 and not Path(adapter).exists():  # nor a name of the hub
+            raise UserError(
+                f"peft_model_name_or_path={adapter} does not exist: train the stage before this one, or give the place "
+                'of its adapter, or "" for none'
+            )
     while is_adapter(base):
         adapters.insert(0, base)
         base = base_of(base)
@@ -140,6 +153,15 @@ def _trained_on(model: nn.Module, adapter: str, dropout: float) -> PeftModel:
     bare = frozen.unload()
     bare.__dict__.pop("peft_config", None)
     config.inference_mode, config.lora_dropout = False, dropout
-    trained = get_peft_model(bare, config)
+    with _peft_quiet():
+        trained = get_peft_model(bare, config)
     set_peft_model_state_dict(trained, weights)
     return trained
+
+
+@contextmanager
+def _peft_quiet() -> Iterator[None]:
+    """peft asks models for a name that transformers 5.24 warns of; nobody here could do anything about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield

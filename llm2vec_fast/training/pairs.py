@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from llm2vec_fast.training.arguments import NEGATIVE_COLUMNS, ContrastiveArgumen
 from llm2vec_fast.training.packing import identity
 from llm2vec_fast.training.sampling import DrawnAnew
 from llm2vec_fast.training.texts import read_rows
+
+logger = logging.getLogger(__name__)
 
 _QUERY, _POSITIVE, _NEGATIVES, _THING = "query", "positives", "negatives", "thing"
 
@@ -131,6 +134,11 @@ def _read(name: str, arguments: ContrastiveArguments) -> Dataset:
     rows = rows.filter(lambda row: bool(row[_QUERY].strip() and row[_POSITIVE]), desc="keeping rows with texts")
     if not len(rows):
         raise UserError(f"{name} has no row with a text in {query!r} and in {positive!r}: check the columns")
+    if len(rows) < len(found) and arguments.process_index == 0:
+        logger.warning(
+            "%d of %d rows of %s are left out: no text in %r or in %r",
+            len(found) - len(rows), len(found), name, query, positive,
+        )  # fmt: skip
     return rows
 
 

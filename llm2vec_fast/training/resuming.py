@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.errors import UserError
@@ -57,6 +58,14 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
     return last
 
 
+def is_done(arguments: TrainingArguments, checkpoint: str) -> bool:
+    """Whether a checkpoint is of the last step that is asked for, or a later one."""
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    if arguments.max_steps > 0:
+        return state.global_step >= arguments.max_steps
+    return round(state.epoch or 0, 6) >= arguments.num_train_epochs
+
+
 def _refuse_inputs(folder: Path, arguments: TrainingArguments) -> None:
     for name in ("model_name_or_path", "peft_model_name_or_path"):
         for given in _several(getattr(arguments, name)):
@@ -75,6 +84,7 @@ def _refuse_other_run(folder: Path, asked: dict[str, Any], last: str | None) -> 
         changes = ["nothing tells which"]
     else:
         names = [*asked, *(name for name in before if name not in asked)]
+        names = ["stage"] if before.get("stage") != asked["stage"] else names  # all else differs, too
         changes = [f"{x} {before.get(x)} -> {asked.get(x)}" for x in names if before.get(x) != asked.get(x)]
     if changes:
         again = f"; --resume_from_checkpoint {last} goes on from it all the same" if last else ""

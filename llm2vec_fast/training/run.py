@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import resource
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llm2vec_fast.errors import UserError
@@ -20,7 +23,7 @@ from llm2vec_fast.training.checkpoints import last_checkpoint, told_if_unwritabl
 from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.models import StageModel
 from llm2vec_fast.training.output import save_encoder
-from llm2vec_fast.training.resuming import checkpoint_to_resume
+from llm2vec_fast.training.resuming import checkpoint_to_resume, is_done
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +109,8 @@ class StageTrainer(Trainer):
         scheduler, asked = self.lr_scheduler, self.args.learning_rate
         if set(scheduler.base_lrs) == {asked}:
             return
+        if self.is_world_process_zero():
+            logger.warning("goes on at learning_rate=%g; the checkpoint was made at %g", asked, scheduler.base_lrs[0])
         for group, before in zip(self.optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] *= asked / before if before else 1.0
             group["initial_lr"] = asked
@@ -126,17 +131,50 @@ def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> 
         if trainer.is_world_process_zero():
             write_arguments(arguments, folder)
         _tell_of_sharding(trainer)
-        result = trainer.train(resume_from_checkpoint=last)
-        trainer.save_training_metrics(result.metrics)
-        trainer.save_state()
+        result = trained(trainer, arguments, last)
         if arguments.validation_file:
-            trainer.save_metrics("eval", trainer.evaluate())
+            scores = trainer.evaluate()
+            trainer.save_metrics("eval", scores)
+            result = result._replace(metrics={**result.metrics, **scores})
         save_encoder(trainer, arguments, stage)
     return result
 
 
+def trained(trainer: StageTrainer, arguments: StageArguments, last: str | None) -> TrainOutput:
+    """Train from a checkpoint on, or from the beginning; or take the run that the checkpoint is the end of."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # their checkpoints load into what trains
+    if last is not None and is_done(arguments, last) and not sharded:
+        return _trained_before(trainer, last)
+    return _trained_now(trainer, last)
+
+
+def _trained_now(trainer: StageTrainer, last: str | None) -> TrainOutput:
+    if last is not None and trainer.is_world_process_zero():
+        logger.warning("goes on from %s", last)
+    result = trainer.train(resume_from_checkpoint=last)
+    trainer.save_training_metrics(result.metrics)
+    trainer.save_state()
+    return result
+
+
+def _trained_before(trainer: StageTrainer, last: str) -> TrainOutput:
+    """What the run came to that a checkpoint is the end of: transformers would train another step, and tell of that."""
+    trainer.state = TrainerState.load_from_json(str(Path(last, TRAINER_STATE_NAME)))
+    if trainer.is_world_process_zero():
+        logger.warning("%s is the end of this run: nothing is trained", last)
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or last)
+    kept = Path(trainer.args.output_dir, "train_results.json")
+    metrics = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    return TrainOutput(trainer.state.global_step, metrics.get("train_loss", math.nan), metrics)
+
+
 def _tell_of_sharding(trainer: StageTrainer) -> None:
-    if trainer.args.fsdp and trainer.accelerator.distributed_type != DistributedType.FSDP:
+    if (
+        trainer.args.fsdp
+        and trainer.is_world_process_zero()
+        and trainer.accelerator.distributed_type != DistributedType.FSDP
+    ):
         logger.warning(
             "fsdp shards nothing here: accelerate does so over two GPUs or more; each process has all weights"
         )

@@ -31,7 +31,9 @@ def read_texts(files: Sequence[str], text_column: str) -> Dataset:
         raise UserError(f"{_named(files)} has no column {column!r}: there are {', '.join(texts.column_names)}")
     texts = texts.select_columns([column]).rename_column(column, "text") if column != "text" else texts
     texts = texts.select_columns(["text"]).filter(
-        lambda batch: [isinstance(text, str) and bool(text.strip()) for text in batch["text"]], batched=True
+        lambda batch: [isinstance(text, str) and bool(text.strip()) for text in batch["text"]],
+        batched=True,
+        desc="texts",
     )
     if not len(texts):
         raise UserError(f"{_named(files)} has no text in column {column!r}: check the file")

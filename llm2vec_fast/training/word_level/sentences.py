@@ -54,7 +54,7 @@ def read_sentences(files: Sequence[str], word_column: str, label_column: str) ->
 
 def _from_columns(file: Path, word_column: str, label_column: str) -> Iterator[Sentence]:
     word, label = (_number(column, name, file) for column, name in ((word_column, "word"), (label_column, "label")))
-    sentence, universal = Sentence([], []), file.suffix.lower() == _UNIVERSAL
+    sentence, universal, columns = Sentence([], []), file.suffix.lower() == _UNIVERSAL, None
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             fields = line.rstrip("\n").split("\t") if universal and line.strip() else line.split()
@@ -64,6 +64,12 @@ def _from_columns(file: Path, word_column: str, label_column: str) -> Iterator[S
                 yield sentence
                 sentence = Sentence([], [])
                 continue
+            columns = columns or len(fields)
+            if len(fields) != columns:
+                raise UserError(
+                    f"line {number} of {file} has {len(fields)} columns where those before have {columns}: give one "
+                    "word a line with its labels"
+                )
             for column, index in (("word_column", word), ("label_column", label)):
                 if not -len(fields) <= index < len(fields):
                     raise UserError(f"line {number} of {file} has {len(fields)} columns and no {column}={index}")

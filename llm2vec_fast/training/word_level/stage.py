@@ -5,6 +5,7 @@ The encoder is frozen, so its outputs are computed once, and not in every epoch;
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,13 +24,15 @@ from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.checkpoints import told_if_unwritable
 from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.resuming import checkpoint_to_resume
-from llm2vec_fast.training.run import ROWS, StageTrainer
+from llm2vec_fast.training.run import ROWS, StageTrainer, trained
 
 from .arguments import LABEL_FROM, WordLevelArguments
 from .classifier import Head, save_head
 from .features import word_features
 from .scores import word_scores
 from .sentences import Sentence, read_sentences
+
+logger = logging.getLogger(__name__)
 
 _FEATURES = "features"  # a folder in the output folder while a run is under way
 
@@ -56,6 +59,10 @@ def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) 
         if some
     }
     labels = sorted({label for sentence in sentences["train"] for label in sentence.labels})
+    for name, some in sentences.items():
+        unknown = sorted({label for sentence in some for label in sentence.labels} - set(labels))
+        if unknown and arguments.process_index == 0:
+            logger.warning("%s_file has labels that train_file has not: %s", name, ", ".join(unknown[:10]))
     words, encoder = _labelled_words(arguments, sentences, labels)
     set_seed(arguments.seed)  # the head's first weights are random
     trainer = WordLevelTrainer(
@@ -70,11 +77,12 @@ def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) 
     folder = Path(arguments.output_dir)
     if trainer.is_world_process_zero():
         write_arguments(arguments, folder)
-    result = trainer.train(resume_from_checkpoint=last)
-    trainer.save_training_metrics(result.metrics)
+    result = trained(trainer, arguments, last)
     for name in ("validation", "test"):
         if name in words:
-            trainer.save_metrics(name, trainer.scores(words[name], sentences[name], labels, name))
+            scores = trainer.scores(words[name], sentences[name], labels, name)
+            trainer.save_metrics(name, scores)
+            result = result._replace(metrics={**result.metrics, **scores})
     if trainer.is_world_process_zero():
         head = trainer.accelerator.unwrap_model(trainer.model)
         save_head(head, labels, arguments.retroactive_labels, encoder, folder)

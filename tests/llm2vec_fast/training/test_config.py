@@ -6,10 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments
+from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments, require_joined
 from llm2vec_fast.training.config import own_options, read_arguments, ready_configs, write_arguments
 from llm2vec_fast.training.word_level import WordLevelArguments
 
@@ -113,6 +115,27 @@ def test_a_ready_configuration_trains_by_the_epochs_of_the_command_line() -> Non
     assert read_arguments(WordLevelArguments, "llama-2-7b", options).max_steps == -1
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is used where there is one")
+def test_a_machine_without_accelerator_trains_on_its_cpu_and_does_not_write_that_down(tmp_path: Path) -> None:
+    given = ["--train_file", "a.txt", "--model_name_or_path", "m", "--output_dir", str(tmp_path)]
+    arguments = read_arguments(MntpArguments, None, given)
+    assert arguments.use_cpu
+    write_arguments(arguments, tmp_path)
+    assert (
+        not {"use_cpu", "dataloader_pin_memory"}
+        & yaml.safe_load((tmp_path / "training_config.yaml").read_text()).keys()
+    )
+    write_arguments(read_arguments(MntpArguments, None, [*given, "--use_cpu", "true"]), tmp_path)
+    assert yaml.safe_load((tmp_path / "training_config.yaml").read_text())["use_cpu"] is True
+
+
+def test_processes_that_would_train_apart_are_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = read_arguments(MntpArguments, config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started and 1 would train together on cpu: give --use_cpu"):
+        require_joined(arguments)
+
+
 @pytest.mark.parametrize("wanted", ["true", "False"])
 def test_sharding_is_switched_as_any_setting_is(wanted: str, config: Path) -> None:
     arguments = read_arguments(MntpArguments, config, ["--fsdp", wanted])
@@ -171,7 +194,7 @@ def test_ready_configurations_have_the_papers_rank_or_save_an_adapter_of_it(name
 )
 def test_the_papers_settings(stage: str, name: str, expected: dict[str, object]) -> None:
     """In the ready configurations, and where no configuration is given."""
-    needed = ["--train_file", "a.txt", "--use_cpu", "True", "--model_name_or_path", "m"]
+    needed = ["--train_file", "a.txt", "--use_cpu", "True", "--model_name_or_path", "m", "--output_dir", "out"]
     for config in (name, None):
         arguments = read_arguments(KINDS[stage], config, needed)
         assert {key: getattr(arguments, key) for key in expected} == expected
@@ -235,6 +258,13 @@ def test_wrong_word_level_settings_are_refused_in_one_sentence(tmp_path: Path, l
 def test_an_adapter_of_a_configuration_can_be_left_out() -> None:
     options = ["--train_file", "a.txt", "--use_cpu", "True", "--peft_model_name_or_path", ""]
     assert read_arguments(SimcseArguments, "llama-2-7b", options).peft_model_name_or_path == []
+
+
+def test_options_are_shown_as_a_configuration_has_them() -> None:
+    shown = {name: value for name, value, _ in own_options(MntpArguments, "smollm2-135m")}
+    assert (shown["line_by_line"], shown["max_steps"], shown["warmup_steps"]) == ("True", "1200", "20")
+    assert shown["output_dir"] == "output/mntp/smollm2-135m"
+    assert {"output_dir", "learning_rate"} <= {name for name, *_ in own_options(MntpArguments)}
 
 
 @pytest.mark.parametrize("kind", [*KINDS.values(), WordLevelArguments], ids=[*KINDS, WordLevelArguments.STAGE])
@@ -326,8 +356,9 @@ def test_a_misspelt_key_is_told_before_the_one_that_is_then_missing() -> None:
     with pytest.raises(UserError, match=r"unknown key 'train_fil': did you mean train_file\?"):
         read_arguments(MntpArguments, None, ["--train-fil", "texts.txt"])
     assert not read_arguments(
-        MntpArguments, None, ["--model-name-or-path=m", "--train_file", "t", "--no_dataloader_pin_memory", "--lora-r=0"]
-    ).lora_r
+        MntpArguments, None,
+        ["--model-name-or-path=m", "--train_file", "t", "--output-dir=o", "--no_dataloader_pin_memory", "--lora-r=0"],
+    ).lora_r  # fmt: skip
 
 
 def test_missing_files_and_settings_are_named(tmp_path: Path) -> None:
@@ -335,6 +366,8 @@ def test_missing_files_and_settings_are_named(tmp_path: Path) -> None:
         read_arguments(MntpArguments, None, ["--train_file", "a.txt"])
     with pytest.raises(UserError, match="train_file is not given"):
         read_arguments(MntpArguments, None, ["--model_name_or_path", "m"])
+    with pytest.raises(UserError, match="output_dir is not given"):
+        read_arguments(MntpArguments, None, ["--model_name_or_path", "m", "--train_file", "a.txt"])
     with pytest.raises(UserError, match=r"the configuration .*none.yaml cannot be read: No such file"):
         read_arguments(MntpArguments, tmp_path / "none.yaml")
     with pytest.raises(UserError, match="there is no configuration 'llama-9': give a YAML file or one of llama-2-7b"):

@@ -75,3 +75,21 @@ def test_a_name_of_no_layer_is_refused(settings: Settings, phi: str, names: list
     with pytest.raises(UserError, match=message) as caught:
         load_model(given, head=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"peft_model_name_or_path": ["output/mntp/llama"]},
+            "peft_model_name_or_path=output/mntp/llama does not exist",
+        ),
+        ({"fsdp": True}, "fsdp needs several processes: start with torchrun"),
+    ],
+    ids=["adapter", "fsdp"],
+)
+def test_what_cannot_be_trained_is_told_before_the_model_is_read(
+    settings: Settings, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_model(MntpArguments(**settings(model_name_or_path="nowhere", **changes)), head=True)

@@ -49,6 +49,14 @@ def test_rows_without_an_id_are_not_the_same_thing(settings: Settings, tmp_path:
     assert len(set(things)) == len(ids) - 1
 
 
+def test_rows_that_are_left_out_are_told(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [("q", "d"), ("", "d"), ("q", None), ("q", "d")]
+    file.write_text("".join(json.dumps({"query": q, "positive": d}) + "\n" for q, d in rows))
+    assert len(Pairs([str(file)], ContrastiveArguments(**settings(train_file=[str(file)])))) == 2
+    assert f"2 of 4 rows of {file} are left out: no text in 'query' or in 'positive'" in caplog.text
+
+
 def test_an_id_is_the_same_in_a_file_where_some_are_missing(settings: Settings, tmp_path: Path) -> None:
     """The reader of csv makes floats of numbers among which one is missing."""
     files = [file_of(tmp_path / "a.csv", ["7", ""]), file_of(tmp_path / "b.csv", ["7", "8"])]

@@ -60,7 +60,7 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(
 
 
 def test_other_texts_and_another_stage_are_another_run(settings: Settings, corpus: str, trained: Path) -> None:
-    with pytest.raises(UserError, match=r"\(stage mntp -> simcse, "):
+    with pytest.raises(UserError, match=r"\(stage mntp -> simcse\): give these"):
         train_simcse(SimcseArguments(**settings()))
     with Path(corpus).open("a") as file:
         file.write("one more text\n")
@@ -101,6 +101,42 @@ def test_a_run_may_go_on_for_longer_and_elsewhere_by_name(settings: Settings, tr
     assert checkpoint_to_resume(MntpArguments(**other)) == str(trained / "checkpoint-2")
     with pytest.raises(UserError, match="resume_from_checkpoint=nowhere is no whole checkpoint"):
         checkpoint_to_resume(MntpArguments(**settings(resume_from_checkpoint="nowhere")))
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3, "save_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_a_finished_run_is_not_trained_on(
+    length: dict[str, int], settings: Settings, corpus: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps end within an epoch, where transformers would train one more; the same command changes nothing."""
+    options = settings(**length, save_strategy="epoch" if "num_train_epochs" in length else "steps")
+    first = train_mntp(MntpArguments(**options))
+    before = contents(tmp_path / "out")
+    again = train_mntp(MntpArguments(**options))
+    assert again[:2] == first[:2]
+    assert "is the end of this run: nothing is trained" in caplog.text
+    assert contents(tmp_path / "out") == before
+    evaluated = train_mntp(MntpArguments(**options, validation_file=[corpus]))
+    assert evaluated.metrics["eval_loss"] > 0
+    assert evaluated.metrics["train_loss"] == first.training_loss
+
+
+def test_a_run_that_ended_before_it_wrote_its_results_writes_them(settings: Settings, trained: Path) -> None:
+    expected = (trained / "adapter_model.safetensors").read_bytes()
+    (trained / "adapter_model.safetensors").unlink()
+    train_mntp(MntpArguments(**settings(max_steps=4)))
+    assert (trained / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_a_finished_head_is_not_trained_on(settings: Settings, files: dict[str, str], tmp_path: Path) -> None:
+    options = settings(train_file=files["word-level"], test_file=[files["word-level"]], max_seq_length=48, max_steps=3)
+    options["save_steps"] = 3
+    first = train_word_level(WordLevelArguments(**options))
+    before = contents(tmp_path / "out")
+    again = train_word_level(WordLevelArguments(**options))
+    assert again.training_loss == first.training_loss
+    assert again.metrics["test_accuracy"] == first.metrics["test_accuracy"]
+    for name in ("head.safetensors", "train_results.json"):
+        assert (tmp_path / "out" / name).read_bytes() == before[name]
 
 
 def test_a_run_goes_on_at_the_learning_rate_that_is_asked_for(settings: Settings, tmp_path: Path) -> None:
@@ -169,8 +205,10 @@ def test_the_learned_scale_goes_back_to_the_best_step(settings: Settings, corpus
     evaluated = [line["eval_loss"] for line in state["log_history"] if "eval_loss" in line]
     best = state["best_global_step"]
     assert best < 3
-    at_the_end = json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"]
-    assert at_the_end == pytest.approx(evaluated[best - 1], rel=1e-6)
+    for _ in range(2):
+        at_the_end = json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"]
+        assert at_the_end == pytest.approx(evaluated[best - 1], rel=1e-6)
+        train_simcse(SimcseArguments(**settings(**options)))  # done: the best step's it stays
     scales = [line["scale"] for line in state["log_history"] if "scale" in line]
     assert len(set(scales)) == 3
     assert torch.isfinite(torch.tensor(scales)).all()

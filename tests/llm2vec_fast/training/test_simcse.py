@@ -193,8 +193,12 @@ def test_an_adapter_of_another_base_is_refused(settings: Settings, tmp_path: Pat
 
 
 def test_two_processes_train_as_one_on_the_joined_batch(settings: Settings, launch, finished, tmp_path: Path) -> None:
-    """Each text's negatives are the texts of both processes, and gradients are summed over both."""
-    options = {**UNCLIPPED, "attention_dropout": 0.0, "learning_rate": 0.02, "max_steps": 3, "save_strategy": "no"}
+    """Each text's negatives are the texts of both processes, and gradients are summed over both.
+
+    On a machine without an accelerator nobody says that the CPU is to be used.
+    """
+    options = {"use_cpu": torch.accelerator.is_available()}
+    options |= {**UNCLIPPED, "attention_dropout": 0.0, "learning_rate": 0.02, "max_steps": 3, "save_strategy": "no"}
     options |= {"scale": 5.0, "learn_scale": True}
     finished(launch("simcse", settings("one", **options)))
     finished(launch("simcse", settings("two", **{**options, "per_device_train_batch_size": 4}), processes=2))

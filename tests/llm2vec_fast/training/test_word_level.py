@@ -191,6 +191,24 @@ def test_tables_and_columns_hold_the_same_sentences(columns: str, tmp_path: Path
     assert read_sentences([columns], "0", "1")[0].labels == [str(len(word)) for word in expected[0].words]
 
 
+def test_texts_are_not_taken_for_labelled_words(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("the cat sat\nrain fell over old stone walls\n")
+    with pytest.raises(
+        UserError, match=r"line 2 of .*texts.txt has 6 columns where those before have 3: give one word"
+    ):
+        read_sentences([str(path)], "0", "-1")
+
+
+def test_labels_that_training_never_saw_are_told(
+    arguments: Callable[..., WordLevelArguments], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "test.txt").write_text("cat 3 B-CAT\nriver 5 B-PLACE\n")
+    result = train_word_level(arguments(test_file=[str(tmp_path / "test.txt")], max_steps=1, save_strategy="no"))
+    assert "test_file has labels that train_file has not: B-CAT" in caplog.text
+    assert 0 <= result.metrics["test_accuracy"] <= 0.5
+
+
 def test_of_universal_columns_only_words_are_read(tmp_path: Path) -> None:
     path = tmp_path / "words.conllu"
     path.write_text(
