@@ -236,7 +236,10 @@ def test_the_command_writes_what_training_reads(tmp_path: Path, rows) -> None:
     assert done.returncode == 0, done.stderr
     assert "hard negatives for 40 rows" in done.stderr
     file = str(tmp_path / "mined.jsonl")
-    pairs = Pairs([file], ContrastiveArguments(model_name_or_path="m", train_file=[file], use_cpu=True, negatives=3))
+    pairs = Pairs(
+        [file],
+        ContrastiveArguments(model_name_or_path="m", train_file=[file], output_dir="-", use_cpu=True, negatives=3),
+    )
     found = {row["query"]: row["negative"] for row in read(tmp_path / "mined.jsonl")}
     for i in range(len(pairs)):
         texts = [text for _, text in pairs[i]["negatives"]]
