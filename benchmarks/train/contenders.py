@@ -26,7 +26,7 @@ class Contender:
         kind: ours: by this library, packed, accelerated, no logits. stock: by transformers and peft, padded. products:
             the model's matrix products alone, forward and of their inputs' gradients: the limit for any of them.
         dtype: of the frozen weights; the adapter is float32, and stock code runs under bf16 autocast.
-        exact: all in float32, to compare losses: bfloat16 alone moves those of a few short texts by half.
+        exact: all in float32, to compare losses: in bfloat16 rounding moves those of a few short texts.
         attention: of stock code: sdpa, or eager, which is faster under dropout on a CPU.
         labelled_only: logits of the labelled tokens alone, by the stock model's own ``logits_to_keep``.
         checkpointing: activations are computed again in the backward pass, as the original's configurations ask for.

@@ -62,7 +62,7 @@ class ContrastiveTrainer(StageTrainer):
                 f"a batch takes {batch:,} rows and the largest training file has {max(sizes):,}: give more, or a "
                 "smaller per_device_train_batch_size"
             )
-        for place in self._sampler.left_out:
+        for place in self._sampler.left_out if arguments.process_index == 0 else ():
             logger.warning(
                 "%s has %d rows and a batch takes %d: none of them is trained on; join it with another file, or give a "
                 "smaller per_device_train_batch_size", arguments.train_file[place], sizes[place], batch,

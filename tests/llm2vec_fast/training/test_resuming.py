@@ -161,7 +161,7 @@ def test_what_training_starts_from_is_not_written_over(input: str, settings: Set
     shutil.copytree(FOLDER / ("llama" if input == "model" else "llama-lora"), source)
     given = {"model_name_or_path": str(source)} if input == "model" else {"peft_model_name_or_path": [str(source)]}
     before = contents(source)
-    options = settings(f"./{'out'}/../source", **given)
+    options = settings("out/../source", **given)
     with pytest.raises(UserError, match=r"source is \w+_name_or_path, too, and would be overwritten"):
         train_mntp(MntpArguments(**options))
     assert contents(source) == before
