@@ -64,6 +64,15 @@ def written(path: Path, *rows: dict[str, object]) -> str:
     return str(path)
 
 
+def test_a_file_that_never_fills_a_batch_is_named(
+    given: Settings, pairs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = written(tmp_path / "few.jsonl", {"query": "a cat", "positive": "sat"}, {"query": "rain", "positive": "fell"})
+    train_contrastive(ContrastiveArguments(**given(train_file=[pairs, few], max_steps=1, save_strategy="no")))
+    assert f"{few} has 2 rows and a batch takes 8: none of them is trained on" in caplog.text
+    assert f"{pairs} has" not in caplog.text
+
+
 @pytest.mark.parametrize(("architecture", "scale"), ORIGINAL_LOSSES)
 def test_the_loss_is_the_originals(given: Settings, architecture: str, scale: int) -> None:
     """Queries with an instruction, documents without, and the queries in reverse as hard negatives."""
