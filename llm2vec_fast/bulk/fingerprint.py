@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec_fast.adapters import adapter_source
-from llm2vec_fast.bulk.files import sha256_of
 from llm2vec_fast.errors import ModelLoadError
+from llm2vec_fast.jobs.files import sha256_of
 
 SETTINGS = "llm2vec_config.json"  # what LLM2Vec.save writes beside the weights
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", SETTINGS)

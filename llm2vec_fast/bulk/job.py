@@ -27,14 +27,12 @@ from llm2vec_fast.bulk.encoding import (
 )
 from llm2vec_fast.bulk.fingerprint import fingerprint
 from llm2vec_fast.bulk.inputs import InputFile, find_inputs
-from llm2vec_fast.bulk.lock import only_job
 from llm2vec_fast.bulk.manifest import (
     ERRORS,
     JOB_FOLDER,
     MANIFEST,
     Manifest,
     Part,
-    changed_error,
     read_manifest,
     write_manifest,
 )
@@ -42,6 +40,8 @@ from llm2vec_fast.bulk.progress import Meter, ProgressLine
 from llm2vec_fast.bulk.settings import EmbedSettings
 from llm2vec_fast.bulk.sink import Sink, keep_errors_of
 from llm2vec_fast.errors import InputError, OutputError
+from llm2vec_fast.jobs.changes import changed_error, other_versions
+from llm2vec_fast.jobs.lock import only_job
 
 POLL_SECONDS = 0.1
 RESERVED_COLUMNS = ("id", "embedding")
@@ -163,7 +163,7 @@ def _run(
 ) -> Outcome:
     if manifest.parts:
         notify(f"going on after {len(manifest.parts):,} finished parts ({manifest.total('rows'):,} rows)")
-        others = manifest.other_versions()
+        others = other_versions(manifest.versions)
         if others:
             notify(f"{'; '.join(others)}: new parts may differ from finished ones in their last bits")
     for left in (*folder.glob("*.tmp"), *(folder / JOB_FOLDER).glob("*.tmp")):

@@ -9,15 +9,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llm2vec_fast.bulk.corpus import Cursor
-from llm2vec_fast.bulk.files import append_lines, read_json_lines, replace_json
 from llm2vec_fast.bulk.inputs import InputFile
 from llm2vec_fast.bulk.settings import EmbedSettings, changed_settings
-from llm2vec_fast.errors import ChangedError, OutputError
+from llm2vec_fast.errors import OutputError
+from llm2vec_fast.jobs.changes import changed_error, library_versions
+from llm2vec_fast.jobs.files import append_lines, read_json_lines, replace_json
 
 FORMAT = "llm2vec-fast embeddings"
 FORMAT_VERSION = 1
@@ -25,8 +25,6 @@ MANIFEST = "manifest.json"
 ERRORS = "errors.jsonl"
 JOB_FOLDER = ".job"  # lock and journal: hidden, so that dataset readers pass over it
 JOURNAL = "parts.jsonl"
-LIBRARIES = ("llm2vec-fast", "torch", "triton", "transformers", "tokenizers", "peft", "numpy", "pyarrow")
-SHOWN_CHANGES = 5
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,6 @@ class Manifest:
         if changes:
             raise changed_error(folder, changes)
 
-    def other_versions(self) -> list[str]:
-        """Libraries that are not of the version that the folder was started with, as "name old -> new"."""
-        now = library_versions()
-        return [f"{name} {old} -> {now.get(name)}" for name, old in self.versions.items() if now.get(name) != old]
-
     def part_paths(self, folder: Path) -> list[tuple[Part, Path]]:
         return [(self.parts[index], folder / self.parts[index].name) for index in sorted(self.parts)]
 
@@ -164,26 +157,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def record_part(folder: Path, part: Part) -> None:
     """From here on the part counts as finished, whatever happens."""
     append_lines(folder / JOB_FOLDER / JOURNAL, [json.dumps(asdict(part))])
-
-
-def changed_error(folder: Path, changes: Sequence[str]) -> ChangedError:
-    """The refusal to mix two jobs in a folder."""
-    shown = "; ".join(changes[:SHOWN_CHANGES])
-    more = f"; and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
-    return ChangedError(
-        f"{folder} was started with something else: {shown}{more}; go on with what it was, or give a new --output"
-    )
-
-
-def library_versions() -> dict[str, str | None]:
-    """Versions of the libraries that decide the numbers; None where one is not installed."""
-    found: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _changed_fingerprint(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

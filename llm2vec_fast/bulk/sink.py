@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2vec_fast.bulk.corpus import Problem, Shard
-from llm2vec_fast.bulk.files import append_lines, read_json_lines, replacing
 from llm2vec_fast.bulk.manifest import ERRORS, Part, record_part
+from llm2vec_fast.jobs.files import append_lines, read_json_lines, replacing
 
 ROWS_PER_GROUP = 8192
 MAX_FLOAT16 = float(np.finfo(np.float16).max)

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2vec_fast.bulk.encoding import LoadEncoder, load_encoder
-from llm2vec_fast.bulk.files import replace_json, replacing, sha256_of
 from llm2vec_fast.bulk.job import embed
-from llm2vec_fast.bulk.lock import only_job
-from llm2vec_fast.bulk.manifest import changed_error, read_manifest
+from llm2vec_fast.bulk.manifest import read_manifest
 from llm2vec_fast.errors import InputError, OutputError
+from llm2vec_fast.jobs.changes import changed_error
+from llm2vec_fast.jobs.files import replace_json, replacing, sha256_of
+from llm2vec_fast.jobs.lock import only_job
 from llm2vec_fast.mining.rows import Added, Rows, TableRows, write_rows
 from llm2vec_fast.mining.search import Found, find_negatives
 from llm2vec_fast.mining.settings import MiningSettings

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2vec_fast.bulk.files import replacing
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.jobs.files import replacing
 from llm2vec_fast.mining.rows import Rows, read_rows_of
 from llm2vec_fast.mining.settings import MiningSettings
 from llm2vec_fast.training.packing import identity
