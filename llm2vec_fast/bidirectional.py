@@ -11,22 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from .errors import UserError
 from .kernels import attention
 from .kernels.layout import SequenceLayout
+from .kinds import UnsupportedModelError, WatchedLayout, check_by_trial, check_stated
+from .rope import positions_from_zero, rope_by_batch, rope_by_own_length
 
 ATTENTION_NAME = "llm2vec_fast"
-# The mixers our attention computes. Others (linear attention, state spaces, convolutions, chunks) look back only.
-SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_TRIAL_NAME = "llm2vec_fast_trial"
 # Arguments some models pass to their attention that change its result and that we do not compute.
 _UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "alibi", "cache", "indices")
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids")
-
-
-class UnsupportedModelError(UserError):
-    """The model cannot attend both ways through transformers' attention interface."""
 
 
 def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
@@ -49,15 +46,46 @@ def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
         The same model.
 
     Raises:
-        UnsupportedModelError: its attention does not go through the interface, or some of its layers are not attention.
+        UnsupportedModelError: its attention does not go through the interface, some of its layers are not attention, or
+            a trial of a few tokens fails or mixes texts. The model is then as it was.
     """
     decoder = decoder_of(model)
-    _check_supported(decoder)
+    check_stated(decoder, enabled)
+    before = attention_of(decoder)
     decoder.config.is_causal = not enabled
-    decoder.set_attn_implementation(ATTENTION_NAME)
+    decoder._rope_by_length = rope_by_own_length(decoder)
     if _prepare_inputs not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
+    try:
+        decoder.set_attn_implementation(_TRIAL_NAME)
+        check_by_trial(decoder, enabled)
+        decoder.set_attn_implementation(ATTENTION_NAME)
+    except BaseException:
+        put_back_attention(decoder, before)
+        raise
     return model
+
+
+def attention_of(decoder: PreTrainedModel) -> tuple[str, dict[str, Any], bool]:
+    """What `make_bidirectional` changes on a decoder, for `put_back_attention`."""
+    config = decoder.config
+    direction = {"is_causal": config.is_causal} if "is_causal" in vars(config) else {}
+    return config._attn_implementation, direction, _prepare_inputs in decoder._forward_pre_hooks.values()
+
+
+def put_back_attention(decoder: PreTrainedModel, before: tuple[str, dict[str, Any], bool]) -> None:
+    """Undo `make_bidirectional`."""
+    implementation, direction, prepared = before
+    decoder.set_attn_implementation(implementation)
+    vars(decoder.config).pop("is_causal", None)
+    vars(decoder.config).update(direction)
+    if prepared:
+        return
+    rope_by_batch(decoder)
+    decoder.__dict__.pop("_rope_by_length", None)
+    for key in [key for key, hook in decoder._forward_pre_hooks.items() if hook is _prepare_inputs]:
+        del decoder._forward_pre_hooks[key]
+        decoder._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def decoder_of(model: nn.Module) -> PreTrainedModel:
@@ -71,29 +99,6 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: pass a PreTrainedModel")
     return model.get_decoder()
-
-
-def _check_supported(decoder: PreTrainedModel) -> None:
-    name, config = type(decoder).__name__, decoder.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model: pass a decoder-only model")
-    if not getattr(decoder, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{name} does not use transformers' attention interface and would stay causal: "
-            "pass a model that does, such as a Llama, Mistral, Qwen, Gemma or Phi-3"
-        )
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES)
-    if not other:
-        other = sorted({type(m).__name__ for m in decoder.modules() if _looks_back_only(m)})
-    if other:
-        raise UnsupportedModelError(
-            f"{name} has {', '.join(other)} layers, which cannot attend both ways: pass a model with attention only"
-        )
-
-
-def _looks_back_only(module: nn.Module) -> bool:
-    """Causal convolutions and attention sinks, as state-space hybrids and gpt-oss have them."""
-    return isinstance(module, nn.Conv1d) or hasattr(module, "sinks")
 
 
 def _prepare_inputs(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -112,6 +117,8 @@ def _prepare_inputs(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
         )
     if positions is None:
         kwargs["position_ids"] = layout.position_ids.view(given.shape[:2])
+    elif getattr(decoder, "_rope_by_length", False):
+        kwargs["position_ids"] = positions_from_zero(positions, layout, given.shape[:2])
     kwargs["layout"], kwargs["attention_mask"] = layout, None
     if kwargs.get("use_cache") is None:  # heads pass on None, which would mean the configuration's True
         kwargs["use_cache"] = False
@@ -152,6 +159,10 @@ def _attend(
         raise ValueError(
             f"attention {ATTENTION_NAME!r} got no layout: call make_bidirectional on {type(module).__name__}'s model"
         )
+    if attention_mask is not None:  # the decoder was given none: the layer made it
+        raise UnsupportedModelError(
+            f"{type(module).__name__} makes a mask of its own, which {ATTENTION_NAME} does not compute"
+        )
     for name in _UNSUPPORTED_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(
@@ -161,6 +172,9 @@ def _attend(
         raise ValueError(
             f"attention got {key.shape[2]} keys for {query.shape[2]} queries: pass use_cache=False, an encoder has none"
         )
+    width = value.shape[3]
+    if width < query.shape[3]:  # multi-head latent attention: zeros add nothing to the sum of values
+        value = F.pad(value, (0, query.shape[3] - width))
     causal = getattr(module.config, "is_causal", True)
     out = attention(
         _rows(query),
@@ -173,7 +187,21 @@ def _attend(
         scale=scaling,
         dropout_p=dropout,
     )
-    return out.view(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    return out.view(query.shape[0], query.shape[2], query.shape[1], value.shape[3])[..., :width], None
+
+
+def _attend_watched(module: nn.Module, *args: Any, layout: SequenceLayout | None = None, **kwargs: Any) -> tuple:
+    """`_attend` in a trial."""
+    if layout is None:
+        raise UnsupportedModelError(f"{type(module).__name__} is not handed the keyword arguments of the forward pass")
+    given = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name != "position_ids"]
+    if given:  # nobody else gives one in a trial
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {given[0]} to its attention, which {ATTENTION_NAME} does not compute"
+        )
+    if isinstance(layout, WatchedLayout):
+        layout.windows.append(kwargs.get("sliding_window"))
+    return _attend(module, *args, layout=layout, **kwargs)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -185,9 +213,10 @@ def _window(config: PreTrainedConfig, sliding_window: int | None, causal: bool) 
     """How far a token sees. Stock masks: W − 1 back if causal; W both ways, but W − 1 in EmbeddingGemma's own mask."""
     if sliding_window is None:
         return None
-    exclusive = causal or getattr(config, "use_bidirectional_attention", False)
+    exclusive = causal or getattr(config, "use_bidirectional_attention", None) is True  # Gemma 4 has words there
     return sliding_window - 1 if exclusive else sliding_window
 
 
 # On import: a pickled model names `_prepare_inputs`, so that unpickling it in a fresh process registers this too.
 AttentionInterface.register(ATTENTION_NAME, _attend)
+AttentionInterface.register(_TRIAL_NAME, _attend_watched)

@@ -25,7 +25,7 @@ from .pipeline import OnBatch, Request, TokenEmbeddings, encode_pairs, progress
 from .precision import choose_dtype
 from .prompts import CHECKPOINTS, as_pairs, find_template
 from .saving import keep_published_name, write_json, written_beside
-from .tokenization import TextTokenizer
+from .tokenization import TextTokenizer, check_room
 
 _SETTINGS = ("pooling_mode", "max_length", "doc_max_length", "skip_instruction")
 
@@ -228,8 +228,13 @@ class LLM2Vec(nn.Module):
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``embed_mask`` (ones on the text, zeros on its prompt), (B, S) int64.
+
+        Raises:
+            UserError: an instruction fills all of ``max_length``.
         """
-        tokens = self.text_tokenizer()(as_pairs(texts))
+        pairs = as_pairs(texts)
+        tokens = self.text_tokenizer()(pairs)
+        check_room(tokens, pairs, 0, self.max_length)
         lengths = tokens.lengths
         width = int(lengths.max(initial=0))
         marks = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)

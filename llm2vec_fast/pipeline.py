@@ -124,10 +124,8 @@ def _run(encoder: LLM2Vec, model: nn.Module, pairs: Pairs, request: Request, on_
     def tokenise(chunk: range) -> TokenizedTexts:
         texts = pairs[chunk.start : chunk.stop]
         tokens = tokenizer(texts, with_offsets=request.tokens)
-        if not request.skip_prompt:
-            return replace(tokens, skip=np.zeros_like(tokens.skip))
         check_room(tokens, texts, chunk.start, tokenizer.max_length)
-        return tokens
+        return tokens if request.skip_prompt else replace(tokens, skip=np.zeros_like(tokens.skip))
 
     for tokens in _one_ahead(tokenise, chunks):
         values = _embed(encoder, model, tokens, request, on_batch)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import ModelLoadError, UserError
 from .prompts import Prompted, Template
+from .tokenizer_state import own_backend
 
 # A text is tokenised as far as this many characters first; only if they were too few tokens is more of it read. The
 # tokens where it was cut may differ from the whole text's, so SPARE tokens must remain beyond those that are kept.
@@ -20,7 +20,6 @@ _CHARACTERS_PER_TOKEN = 16
 _SPARE = 64
 # How far the token count of a text may differ between standing alone and standing behind a prompt.
 _BOUNDARY_SLACK = 16
-_LOCK = threading.Lock()  # a tokenizer's settings are shared by all threads that use it
 _WORD = re.compile(r"\S+")  # what str.split() calls a word
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -32,12 +31,14 @@ class TokenizedTexts:
     Attributes:
         ids: one int64 array a text.
         skip: (N,) int64, leading tokens of each text that belong to its prompt.
+        lost: (N,) bool, whether the text was cut and no token of it is left, or not even its prompt is whole.
         offsets: one (tokens, 2) int64 array a text, the characters [first, last) of the text that a token covers, equal
             to each other on tokens outside it; empty unless asked for.
     """
 
     ids: list[np.ndarray]
     skip: np.ndarray
+    lost: np.ndarray
     offsets: list[np.ndarray] = field(default_factory=list)
 
     @property
@@ -51,8 +52,9 @@ class TextTokenizer:
 
     A document of more than ``doc_max_length`` tokens loses words at its end, its white space becoming single spaces, as
     in the paper's code; where not even one word fits (a language without spaces), it is cut after ``doc_max_length``
-    tokens instead of becoming empty. Then the whole, prompt included, is cut to ``max_length`` tokens. As there, the
-    document limit only applies where it is below ``max_length``.
+    tokens instead of becoming empty. Then the whole, prompt included, is cut to ``max_length`` tokens: what template
+    and tokenizer put behind a text is kept, and the text gives way. As there, the document limit only applies where it
+    is below ``max_length``. Padding, truncation and other state of the tokenizer object have no part in it.
     """
 
     def __init__(
@@ -69,28 +71,49 @@ class TextTokenizer:
         self.template = template
         self.max_length = max_length
         self.doc_max_length = doc_max_length
-        self._tokenizer = tokenizer
-        sequence = tokenizer.backend_tokenizer.encode("a").sequence_ids
-        inside = [position for position, owner in enumerate(sequence) if owner is not None] or [len(sequence)]
-        self._leading, self._trailing = inside[0], len(sequence) - inside[-1] - 1
+        self._backend = own_backend(tokenizer)
 
     def __call__(self, pairs: Sequence[tuple[str, str]], with_offsets: bool = False) -> TokenizedTexts:
         """Tokenise (instruction, text) pairs; an instruction of "" is none."""
-        prompted = [self.template.join(instruction, text) for instruction, text in pairs]
-        encodings = self._encode_enough([p.joined for p in prompted], with_offsets or any(p.boundary for p in prompted))
         documents = [text for _, text in pairs]
+        prompted, encodings = self._prompted(pairs, documents, with_offsets)
         if self.doc_max_length < self.max_length:
             self._shorten(pairs, documents, prompted, encodings, with_offsets)
-        ids = [self._truncated(np.array(encoding.ids, dtype=np.int64)) for encoding in encodings]
-        starts = [_first_of_text(e, p) for e, p in zip(encodings, prompted, strict=True)]
-        skip = np.array([min(start, len(row)) for start, row in zip(starts, ids, strict=True)], dtype=np.int64)
-        if not with_offsets:
-            return TokenizedTexts(ids, skip)
-        offsets = [
-            self._truncated(_offsets_in(text, document, p, encoding))
-            for (_, text), document, p, encoding in zip(pairs, documents, prompted, encodings, strict=True)
+        texts = list(zip(encodings, prompted, strict=True))
+        cuts = [self._cut_of(encoding, p) for encoding, p in texts]
+        starts = [_first_of_text(encoding, p) for encoding, p in texts]
+        ids = [
+            _pieced(np.array(encoding.ids, dtype=np.int64), cut) for encoding, cut in zip(encodings, cuts, strict=True)
         ]
-        return TokenizedTexts(ids, skip, offsets)
+        skip = np.array([min(start, len(row)) for start, row in zip(starts, ids, strict=True)], dtype=np.int64)
+        lost = np.array(
+            [
+                cut is not None and cut[0] <= max(start, _added(encoding)[0])
+                for cut, start, encoding in zip(cuts, starts, encodings, strict=True)
+            ],
+            dtype=bool,
+        )
+        if not with_offsets:
+            return TokenizedTexts(ids, skip, lost)
+        offsets = [
+            _pieced(_offsets_in(text, document, p, encoding, len(self.template.closing)), cut)
+            for (_, text), document, (encoding, p), cut in zip(pairs, documents, texts, cuts, strict=True)
+        ]
+        return TokenizedTexts(ids, skip, lost, offsets)
+
+    def _prompted(
+        self, pairs: Sequence[tuple[str, str]], documents: Sequence[str], with_offsets: bool
+    ) -> tuple[list[Prompted], list[Encoding]]:
+        """The documents with prompt and closing around them, of very long ones the beginning; and their tokens."""
+        prompted: dict[int, Prompted] = {}
+
+        def join(i: int, document: str) -> str:
+            prompted[i] = self.template.join(pairs[i][0], document)
+            return prompted[i].joined
+
+        located = with_offsets or self.template != Template() or any(instruction for instruction, _ in pairs)
+        encodings = self._encode_enough(documents, located, join)
+        return [prompted[i] for i in range(len(pairs))], encodings
 
     def _shorten(
         self,
@@ -109,13 +132,9 @@ class TextTokenizer:
         ]
         reduced = self._reduce([documents[i] for i in long])
         changed = [(i, text) for i, text in zip(long, reduced, strict=True) if text != documents[i]]
-        for i, text in changed:
-            documents[i] = text
-            prompted[i] = self.template.join(pairs[i][0], text)
-        need_offsets = with_offsets or any(prompted[i].boundary for i, _ in changed)
-        again = self._encode_enough([prompted[i].joined for i, _ in changed], need_offsets)
-        for (i, _), encoding in zip(changed, again, strict=True):
-            encodings[i] = encoding
+        again = self._prompted([pairs[i] for i, _ in changed], [text for _, text in changed], with_offsets)
+        for (i, text), joined, encoding in zip(changed, *again, strict=True):
+            documents[i], prompted[i], encodings[i] = text, joined, encoding
 
     def _reduce(self, documents: list[str]) -> list[str]:
         """Drop words until each document, alone, has at most ``doc_max_length`` tokens."""
@@ -123,7 +142,7 @@ class TextTokenizer:
         words: dict[int, list[str]] = {}
         pending = list(range(len(documents)))
         while pending:
-            encodings = self._encode_enough([documents[i] for i in pending], True, add_special_tokens=False)
+            encodings = self._encode_enough([documents[i] for i in pending], True)
             still = []
             for i, encoding in zip(pending, encodings, strict=True):
                 count = min(len(encoding), self.max_length)
@@ -148,69 +167,94 @@ class TextTokenizer:
             keep = max(1, keep - (len(again) - self.doc_max_length))
 
     def _encode_enough(
-        self, texts: Sequence[str], with_offsets: bool, add_special_tokens: bool = True
+        self,
+        texts: Sequence[str],
+        with_offsets: bool,
+        join: Callable[[int, str], str] | None = None,
     ) -> list[Encoding]:
-        """Encode texts, very long ones only as far as their first ``max_length`` tokens need."""
+        """Encode texts, very long ones only as far as their first ``max_length`` tokens need.
+
+        Args:
+            join: what to encode for the beginning of text number i; by default that alone, without special tokens.
+        """
+        special = join is not None
+        join = join or (lambda _, text: text)
         reach = self.max_length * _CHARACTERS_PER_TOKEN
-        encodings = self._encode([text[:reach] for text in texts], with_offsets, add_special_tokens)
-        enough = self.max_length + _SPARE + self._leading + self._trailing
+        encodings = self._encode([join(i, text[:reach]) for i, text in enumerate(texts)], with_offsets, special)
+        enough = self.max_length + _SPARE + len(self.template.closing)
         for i, text in enumerate(texts):
             seen = reach
             while seen < len(text) and len(encodings[i]) < enough:
                 seen *= 4
-                (encodings[i],) = self._encode([text[:seen]], with_offsets, add_special_tokens)
+                (encodings[i],) = self._encode([join(i, text[:seen])], with_offsets, special)
         return encodings
 
     def _encode(self, texts: list[str], with_offsets: bool, add_special_tokens: bool = True) -> list[Encoding]:
-        backend = self._tokenizer.backend_tokenizer
+        backend = self._backend
         encode = backend.encode_batch if with_offsets else getattr(backend, "encode_batch_fast", backend.encode_batch)
-        with _LOCK:  # calls of the tokenizer itself leave these set, and change them while others read
-            if backend.truncation is not None:
-                backend.no_truncation()
-            if backend.padding is not None:
-                backend.no_padding()
-            try:
-                return encode(texts, add_special_tokens=add_special_tokens)
-            except TypeError:  # half of a surrogate pair is no character and has no UTF-8
-                return encode([_SURROGATE.sub("\ufffd", t) for t in texts], add_special_tokens=add_special_tokens)
+        try:
+            return encode(texts, add_special_tokens=add_special_tokens)
+        except TypeError:  # half of a surrogate pair is no character and has no UTF-8
+            return encode([_SURROGATE.sub("\ufffd", t) for t in texts], add_special_tokens=add_special_tokens)
 
-    def _truncated(self, rows: np.ndarray) -> np.ndarray:
-        """The first rows, and those of special tokens that every text ends with, ``max_length`` in all."""
-        if len(rows) <= self.max_length:
-            return rows
-        kept = max(0, self.max_length - self._trailing)
-        return np.concatenate([rows[:kept], rows[len(rows) - self._trailing :][: self.max_length - kept]])
+    def _cut_of(self, encoding: Encoding, prompted: Prompted) -> tuple[int, int] | None:
+        """Tokens [0, first) and [second, end) are kept: what closes a text stays, the text gives way. None: all are."""
+        count = len(encoding)
+        if count <= self.max_length:
+            return None
+        last = count - _added(encoding)[1]
+        if self.template.closing:
+            last = min(last, _token_from(encoding, prompted, len(prompted.joined) - len(self.template.closing)))
+        return max(0, self.max_length - (count - last)), max(last, count - self.max_length)
 
 
 def check_room(tokens: TokenizedTexts, pairs: Sequence[tuple[str, str]], first: int, max_length: int) -> None:
-    """Refuse a text of which no token is left because its prompt fills all of ``max_length``.
+    """Refuse a text of which no token is left because what is around it fills all of ``max_length``.
 
     Raises:
         UserError: the message names the text's position, counted from ``first``.
     """
-    lost = np.flatnonzero((tokens.skip >= tokens.lengths) & (tokens.lengths >= max_length))
-    for i in lost:
-        if pairs[i][1].strip():
-            raise UserError(
-                f"sentences[{first + i}]: its instruction fills all of max_length={max_length} tokens and none of its "
-                "text is left: shorten the instruction or raise max_length"
-            )
+    for i in np.flatnonzero(tokens.lost):
+        filler = "its instruction fills" if pairs[i][0].strip() else "what the model's format puts around it fills"
+        raise UserError(
+            f"sentences[{first + i}]: {filler} all of max_length={max_length} tokens and none of its text is left: "
+            f"{'shorten the instruction or ' if pairs[i][0].strip() else ''}raise max_length"
+        )
+
+
+def _pieced(rows: np.ndarray, cut: tuple[int, int] | None) -> np.ndarray:
+    return rows if cut is None else np.concatenate([rows[: cut[0]], rows[cut[1] :]])
+
+
+def _added(encoding: Encoding) -> tuple[int, int]:
+    """How many special tokens the tokenizer put before and behind the string, whatever that holds."""
+    owners = encoding.sequence_ids
+    inside = [position for position, owner in enumerate(owners) if owner is not None]
+    return (inside[0], len(owners) - inside[-1] - 1) if inside else (len(owners), 0)
 
 
 def _first_of_text(encoding: Encoding, prompted: Prompted) -> int:
     """Index of the first token that covers a character of the text; 0 without a prompt, all tokens without a text."""
-    if prompted.boundary == 0:
-        return 0
-    for character in range(prompted.boundary, len(prompted.joined)):
+    return _token_from(encoding, prompted, prompted.boundary) if prompted.boundary else 0
+
+
+def _token_from(encoding: Encoding, prompted: Prompted, first: int) -> int:
+    """Index of the first token that covers a character of the joined string from ``first`` on; all tokens if none."""
+    for character in range(first, len(prompted.joined)):
         token = encoding.char_to_token(character)
         if token is not None:
             return token
     return len(encoding)
 
 
-def _offsets_in(text: str, document: str, prompted: Prompted, encoding: Encoding) -> np.ndarray:
-    """Character offsets (tokens, 2) in ``text``, of which ``document`` is what the limit left and the model saw."""
-    offsets = (np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - prompted.boundary).clip(0, len(document))
+def _offsets_in(text: str, document: str, prompted: Prompted, encoding: Encoding, closing: int) -> np.ndarray:
+    """Character offsets (tokens, 2) in ``text``, of which ``document`` is what the limit left.
+
+    Args:
+        closing: characters behind the document in what was encoded.
+    """
+    end = len(prompted.joined) - closing - prompted.boundary
+    offsets = (np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - prompted.boundary).clip(0, end)
     if text.startswith(document):
         return offsets
     first = _positions_of_words(text, document)

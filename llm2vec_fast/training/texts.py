@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -104,6 +105,7 @@ def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
     Raises:
         UserError: no text is long enough.
     """
+    tokenizer = copy.deepcopy(tokenizer)  # a call leaves its truncation behind, which would be saved with the model
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         limits = {"truncation": True, "max_length": max_length} if line_by_line else {}
