@@ -194,8 +194,9 @@ def _attend_watched(module: nn.Module, *args: Any, layout: SequenceLayout | None
     """`_attend` in a trial."""
     if layout is None:
         raise UnsupportedModelError(f"{type(module).__name__} is not handed the keyword arguments of the forward pass")
-    given = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name != "position_ids"]
-    if given:  # nobody else gives one in a trial
+    known = ("attention_mask", "position_ids")
+    given = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in known]
+    if given:  # by the layer: a trial passes none
         raise UnsupportedModelError(
             f"{type(module).__name__} passes {given[0]} to its attention, which {ATTENTION_NAME} does not compute"
         )

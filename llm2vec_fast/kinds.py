@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .errors import UserError
 from .kernels.layout import SequenceLayout
+from .rope import rope_by_longest
 
 # The mixers our attention computes. Others (linear attention, state spaces, convolutions, chunks) look back only.
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -138,6 +139,8 @@ def _problem(decoder: nn.Module, bidirectional: bool) -> str | None:
         return f"has a sliding window of {decoder.config.sliding_window} tokens that its attention is not told of"
     if _counts_otherwise(decoder, ids):
         return "counts positions in a way of its own, not from 0 with each text"
+    if rotary := rope_by_longest(decoder):
+        return f"has a rotary embedding, {rotary}, that turns a text by the longest of its batch"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .kernels.layout import SequenceLayout
@@ -57,6 +58,39 @@ def rope_by_batch(decoder: nn.Module) -> None:
         for key in [key for key, hook in module._forward_hooks.items() if hook is _by_own_length]:
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
+
+
+def rope_by_longest(decoder: nn.Module) -> str | None:
+    """The class of a rotary embedding, of a family's own code, that gives a text other values beside a long one."""
+    tried: set[type] = set()
+    for module in decoder.modules():
+        kind = type(module)
+        if hasattr(module, _STOCK):
+            tried.add(kind)  # its parts are of the same class
+        if "rotary" in kind.__name__.lower() and kind not in tried and _sees_longest(module, decoder.config):
+            return kind.__name__
+        tried.add(kind)
+    return None
+
+
+def _sees_longest(module: nn.Module, config: PreTrainedConfig) -> bool:
+    module = copy.deepcopy(module)  # what it keeps of the long text goes with the copy
+    device = next((x.device for x in module.buffers()), None)
+    positions = torch.arange(4, device=device)[None]
+    far = torch.tensor([[4 * getattr(config, "max_position_embeddings", 1 << 17)]], device=device)
+    x = torch.zeros(1, 5, 8, device=device)
+    layer_types = module.rope_type if isinstance(getattr(module, "rope_type", None), dict) else [None]
+    for layer_type in layer_types:
+        by_type = {} if layer_type is None else {"layer_type": layer_type}
+        try:
+            alone = module(x[:, :4], positions, **by_type)
+            beside = module(x, torch.cat([positions, far], dim=1), **by_type)
+            alone, beside = (y if isinstance(y, tuple) else (y,) for y in (alone, beside))
+            if not all(torch.equal(a, b[:, :4]) for a, b in zip(alone, beside, strict=True)):
+                return True
+        except Exception:  # it is called in another way, of which nothing is known
+            return False
+    return False
 
 
 def positions_from_zero(position_ids: Tensor, layout: SequenceLayout, shape: tuple[int, int]) -> Tensor:

@@ -63,8 +63,8 @@ FAMILIES: dict[str, dict] = {
 
 
 def tiny_model(family: str, attention: str = "eager", **changes: object) -> PreTrainedModel:
-    """A random model of the family in float32, the same weights at every call."""
-    settings = {**SHAPE, **FAMILIES[family], **changes}
+    """A random model of the family, or of a model type, in float32, the same weights at every call."""
+    settings = {**SHAPE, **FAMILIES.get(family, {"model_type": family}), **changes}
     config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
     torch.manual_seed(0)
     model = AutoModel.from_config(config, attn_implementation=attention)
