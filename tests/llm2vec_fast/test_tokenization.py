@@ -7,14 +7,17 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_data import FOLDER
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from llm2vec_fast.encoder import LLM2Vec
+from llm2vec_fast.errors import UserError
 from llm2vec_fast.prompts import Template
-from llm2vec_fast.tokenization import TextTokenizer, TokenizedTexts
+from llm2vec_fast.tokenization import TextTokenizer, TokenizedTexts, check_room
 
 NO_TEMPLATE = Template()
 BYTE_LEVEL = AutoTokenizer.from_pretrained(FOLDER / "llama")
@@ -154,11 +157,88 @@ def test_half_a_surrogate_pair_is_read_as_the_replacement_character():
     assert np.array_equal(broken, replaced)
 
 
-def test_settings_left_on_the_tokenizer_do_not_matter():
-    expected = tokenise([("", "some text of several tokens")]).ids[0]
-    BYTE_LEVEL.backend_tokenizer.enable_truncation(3)
-    BYTE_LEVEL.backend_tokenizer.enable_padding(length=64)
-    assert np.array_equal(tokenise([("", "some text of several tokens")]).ids[0], expected)
+CLOSINGS = {
+    "mark": (BYTE_LEVEL, Template("", " </s>")),
+    "turn": (BYTE_LEVEL, Template("[INST] ", " [/INST]")),
+    "turn-and-mark": (BYTE_LEVEL, Template("<s>user\n", " [/INST] </s>")),
+    "and-an-end-token": (metaspace(), Template("", " dead</s>")),
+}
+
+
+def behind(instruction: str, template: Template, tokenizer: PreTrainedTokenizerBase = BYTE_LEVEL) -> list[int]:
+    """Tokens behind a text, which an empty one has, too."""
+    empty = tokenise([(instruction, "")], 100_000, 100_000, template, tokenizer)
+    return empty.ids[0][empty.skip[0] :].tolist()
+
+
+@pytest.mark.parametrize("name", CLOSINGS)
+@settings(deadline=None, max_examples=25)
+@given(instruction=st.sampled_from(["bad ace:", "fa ce"]), document=DOCUMENTS, max_length=st.integers(44, 70))
+def test_what_closes_a_text_is_never_cut(name, instruction, document, max_length):
+    """The text gives way: the tokens are the first of the whole text's, then all of those behind the text."""
+    tokenizer, template = CLOSINGS[name]
+    document = document if tokenizer is BYTE_LEVEL else "ab ja fe " * len(document)
+    whole = tokenise([(instruction, document)], 100_000, 100_000, template, tokenizer).ids[0].tolist()
+    cut = tokenise([(instruction, document)], max_length, 400, template, tokenizer)
+    ids, closing = cut.ids[0].tolist(), behind(instruction, template, tokenizer)
+    assert not cut.lost[0]
+    assert len(ids) == min(len(whole), max_length)
+    assert ids[-len(closing) :] == closing
+    assert ids[: len(ids) - len(closing) - 1] == whole[: len(ids) - len(closing) - 1]  # one may cross into the closing
+
+
+@pytest.mark.parametrize("limits", [(512, 12), (40, 12), (40, 400)])
+@pytest.mark.parametrize("instruction", ["", "bad ace:"])
+def test_what_closes_a_text_is_kept_by_each_limit(instruction, limits):
+    for tokenizer, template in CLOSINGS.values():
+        (ids,) = tokenise([(instruction, "dab cab " * 60)], *limits, template, tokenizer).ids
+        closing = behind("a", template, tokenizer)
+        assert ids[-len(closing) :].tolist() == closing
+        assert len(ids) <= limits[0]
+
+
+@pytest.mark.parametrize("characters", [3000, 100_000])
+@pytest.mark.parametrize("text", ["the quick brown fox ", "x", "山 ", " "])
+def test_what_closes_a_very_long_text_is_kept_and_covers_none_of_it(text, characters):
+    template = Template("[INST] ", " [/INST] </s>")
+    long = text * (characters // len(text))
+    tokens = tokenise([("Find it:", long)], 40, 400, template)
+    closing = behind("Find it:", template)
+    assert tokens.ids[0][-len(closing) :].tolist() == closing
+    assert tokens.lengths[0] == 40 or not text.strip()
+    first, last = tokens.offsets[0][-len(closing) :].T
+    assert np.array_equal(first, last)
+
+
+def test_an_end_mark_is_pooled_where_a_text_is_cut():
+    """Through the encoder, in use and in training."""
+    encoder = LLM2Vec.from_pretrained(
+        FOLDER / "llama", pooling_mode="eos_token", max_length=24, dtype="float32", device="cpu"
+    )
+    text = "the quick brown fox jumps over the lazy dog " * 5
+    tokens = encoder.encode(text, output="tokens")
+    assert tokens.ids[-1] == BYTE_LEVEL.eos_token_id
+    assert torch.equal(encoder.encode(text), tokens.embeddings[-1])
+    trained = encoder.tokenize([text, "short"])
+    assert trained["input_ids"][:, -1].tolist() == [BYTE_LEVEL.eos_token_id] * 2
+    assert torch.allclose(encoder(trained)[0], tokens.embeddings[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "pair", "says"),
+    [
+        (6, ("Find what answers it:", "text"), r"sentences\[3\]: its instruction fills all of max_length=6"),
+        (6, ("Find what answers it:", ""), r"sentences\[3\]: its instruction fills all of max_length=6"),
+        (2, ("", "text"), r"sentences\[3\]: what the model's format puts around it fills all of max_length=2"),
+    ],
+    ids=["instruction", "no-text", "closing"],
+)
+def test_a_text_of_which_nothing_would_be_left_is_refused(max_length, pair, says):
+    tokens = tokenise([pair], max_length, 400, Template("", " </s>"))
+    with pytest.raises(UserError, match=says):
+        check_room(tokens, [pair], 3, max_length)
+    enough = tokenise([pair], 40, 400, Template("", " </s>"))
+    check_room(enough, [pair], 3, 40)
 
 
 @pytest.mark.parametrize("limits", [(0, 400), (512, 0), (512, -1), (2.5, 400)])
