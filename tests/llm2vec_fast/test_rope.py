@@ -34,8 +34,9 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 HALF = {"short_factor": [1.0, 1.5], "long_factor": [3.0, 9.0], "partial_rotary_factor": 0.5}
 EXPERTS = {"num_local_experts": 2, "sliding_window": None}
 CASES = {
-    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE}),
-    "phi3-partial": ("phi3", {"rope_parameters": {**LONGROPE, **HALF}}),
+    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": CONTEXT}),
+    "phi3-partial": ("phi3", {"rope_parameters": {**LONGROPE, **HALF}, "original_max_position_embeddings": CONTEXT}),
+    "llama-longrope": ("llama", {"rope_parameters": LONGROPE}),
     "llama-dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": CONTEXT}),
     "gemma3-by-layer": (
         "gemma3",
@@ -125,7 +126,10 @@ def test_each_text_has_the_rope_of_its_own_length(case: str) -> None:
 def test_an_embedding_does_not_depend_on_a_long_text_beside_it() -> None:
     """Through `encode`, which packs."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
-    encoder = LLM2Vec(make_bidirectional(tiny_model("phi3", vocab_size=384, rope_parameters=LONGROPE)), tokenizer)
+    family, changes = CASES["phi3-longrope"]
+    model = tiny_model(family, vocab_size=384, **copy.deepcopy(changes))
+    assert model.config.rope_parameters["original_max_position_embeddings"] == CONTEXT  # phi3 has its own idea of it
+    encoder = LLM2Vec(make_bidirectional(model), tokenizer)
     short, long = "a short text", "a text that is longer than the context of the model " * 3
     alone = encoder.encode(short)
     assert (encoder.encode([short, long])[0] - alone).abs().max() <= PUBLISHED_TOLERANCE
