@@ -35,7 +35,14 @@ HALF = {"short_factor": [1.0, 1.5], "long_factor": [3.0, 9.0], "partial_rotary_f
 EXPERTS = {"num_local_experts": 2, "sliding_window": None}
 CASES = {
     "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": CONTEXT}),
-    "phi3-partial": ("phi3", {"rope_parameters": {**LONGROPE, **HALF}, "original_max_position_embeddings": CONTEXT}),
+    "phi3-partial": (
+        "phi3",
+        {
+            "rope_parameters": {**LONGROPE, **HALF},
+            "original_max_position_embeddings": CONTEXT,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "llama-longrope": ("llama", {"rope_parameters": LONGROPE}),
     "llama-dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": CONTEXT}),
     "gemma3-by-layer": (
