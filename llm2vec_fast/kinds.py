@@ -45,6 +45,11 @@ class WatchedLayout(SequenceLayout):
 
     windows: list[int | None] = field(default_factory=list)
 
+    def to(self, device: torch.device | str) -> WatchedLayout:
+        """On another device, where device_map put a layer, with the same record."""
+        there = super().to(device)
+        return WatchedLayout(there.starts, there.lengths, self.max_length, self.total, self.padded_shape, self.windows)
+
 
 def named(decoder: nn.Module) -> str:
     """How a refusal calls the model."""
@@ -208,5 +213,6 @@ def _with_few_layers(decoder: nn.Module) -> nn.Module:
     types = getattr(decoder.config, "layer_types", None) or [None] * len(layers)
     kinds = [(kind, *map(type, layer.modules())) for kind, layer in zip(types, layers, strict=False)]
     few: Any = copy.copy(decoder)
+    few.__dict__.pop("forward", None)  # device_map puts one on the instance, which runs all layers
     few._modules = {**decoder._modules, name: layers[: 1 + max(map(kinds.index, kinds))]}
     return few

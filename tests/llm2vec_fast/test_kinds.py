@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import SHAPE, WINDOW, tiny_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -153,3 +154,25 @@ def test_weights_that_are_not_there_yet_or_not_finite_are_not_held_against_a_mod
     broken = tiny_model("llama")
     nn.init.constant_(broken.layers[0].mlp.up_proj.weight, float("nan"))
     make_bidirectional(broken)
+
+
+def test_a_model_spread_by_device_map_is_tried_like_any_other() -> None:
+    """Its hooks copy what they hand on to each layer, the layout, too."""
+
+    def spread(model: nn.Module) -> nn.Module:
+        add_hook_to_module(model, AlignDevicesHook(io_same_device=True))
+        for part in (model.embed_tokens, model.rotary_emb, model.norm, *model.layers):
+            add_hook_to_module(part, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        return model
+
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    plain, spread_out = (tiny_model("llama", rope_parameters=rope, max_position_embeddings=8) for _ in range(2))
+    with torch.no_grad():
+        for ours, theirs in zip(
+            packed(make_bidirectional(spread(spread_out))), packed(make_bidirectional(plain)), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    spread_out = spread(tiny_model("llama"))
+    spread_out.layers[0].mlp = Shift(spread_out.layers[0].mlp)
+    with pytest.raises(UnsupportedModelError, match="lets a text see the texts packed beside it"):
+        make_bidirectional(spread_out)
