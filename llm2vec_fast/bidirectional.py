@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from .errors import UnsupportedModelError
 from .kernels import attention
 from .kernels.layout import SequenceLayout
-from .kinds import UnsupportedModelError, WatchedLayout, check_by_trial, check_stated
+from .kinds import WatchedLayout, check_by_trial, check_stated
 from .rope import positions_from_zero, rope_by_batch, rope_by_own_length
 
 ATTENTION_NAME = "llm2vec_fast"
@@ -33,7 +34,8 @@ def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
     Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3 and their like, bare, with a head, or inside a peft model. Afterwards it
     takes, besides stock arguments, a packed batch: ``model(input_ids=(1, T), layout=SequenceLayout)``, or the
     ``position_ids`` that restart at 0 with each text. The cache is off unless asked for. ``config.is_causal`` records
-    the choice and is saved with the model, so stock transformers, vLLM and others honour it too.
+    the choice and is saved with the model, so stock transformers, vLLM and others honour it too. Rope types that depend
+    on length, longrope and dynamic NTK, take each text's own: ``position_ids`` beside a ``layout`` rise within a text.
 
     ``torch.compile(model, fullgraph=True, dynamic=True)`` compiles it once for batches of any lengths, if each has
     its ``layout``: finding the lengths in a mask or in positions needs their values, which a compiled graph has not.
@@ -52,11 +54,11 @@ def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
     decoder = decoder_of(model)
     check_stated(decoder, enabled)
     before = attention_of(decoder)
-    decoder.config.is_causal = not enabled
-    decoder._rope_by_length = rope_by_own_length(decoder)
-    if _prepare_inputs not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
     try:
+        decoder.config.is_causal = not enabled
+        decoder._rope_by_length = rope_by_own_length(decoder)
+        if _prepare_inputs not in decoder._forward_pre_hooks.values():
+            decoder.register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
         decoder.set_attn_implementation(_TRIAL_NAME)
         check_by_trial(decoder, enabled)
         decoder.set_attn_implementation(ATTENTION_NAME)

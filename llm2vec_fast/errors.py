@@ -29,3 +29,7 @@ class ChangedError(UserError):
 
 class JobRunningError(UserError):
     """Another process is writing the same output folder."""
+
+
+class UnsupportedModelError(UserError):
+    """The model cannot attend both ways through transformers' attention interface."""

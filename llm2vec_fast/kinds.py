@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .errors import UserError
+from .errors import UnsupportedModelError
 from .kernels.layout import SequenceLayout
 from .rope import rope_by_longest
 
@@ -29,10 +29,6 @@ _TEXT = 4  # tokens of each of the three texts of a trial
 # How far rows may differ that nothing touched, relatively: experts multiply other numbers of rows at once. It is the
 # published tolerance, or four roundings of a 16-bit model.
 _TOLERANCE, _ROUNDINGS = 1e-4, 4
-
-
-class UnsupportedModelError(UserError):
-    """The model cannot attend both ways through transformers' attention interface."""
 
 
 @dataclass(frozen=True, eq=False)

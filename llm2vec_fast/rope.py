@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .errors import UnsupportedModelError
 from .kernels.layout import SequenceLayout
 
 _SHORT, _LONG = "short_texts", "long_texts"  # submodules of a rotary embedding; they hold no saved tensor
@@ -30,22 +31,37 @@ def rope_by_own_length(decoder: nn.Module) -> bool:
 
     Returns:
         Whether there is one.
+
+    Raises:
+        UnsupportedModelError: one is not built as transformers builds them.
     """
     modules = _rotary_embeddings(decoder)
     for module in modules:
         if _STOCK in module.__dict__ or not any(map(_by_length, _rope_types(module).values())):
             continue
-        short = _fixed(module)
-        long = copy.deepcopy(short)
-        for layer_type, rope_type in _rope_types(module).items():
-            if rope_type == "longrope":
-                _set_frequencies(long, layer_type, rope_type, _limit(module, layer_type) + 1, short)
+        try:
+            short, long = _parts(module)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has the rope type {module.rope_type!r} and is not built as transformers builds "
+                f"it ({type(error).__name__}: {error}): change rope_parameters in its config.json"
+            ) from error
         setattr(module, _STOCK, module.rope_type)
         module.rope_type = short.rope_type  # what stock code computes is not used, and must not be kept either
         module.add_module(_SHORT, short)
         module.add_module(_LONG, long)
         module.register_forward_hook(_by_own_length, with_kwargs=True)
     return any(_STOCK in module.__dict__ for module in modules)
+
+
+def _parts(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Two copies: one for texts within the model's original context, one for longer ones."""
+    short = _fixed(module)
+    long = copy.deepcopy(short)
+    for layer_type, rope_type in _rope_types(module).items():
+        if rope_type == "longrope":
+            _set_frequencies(long, layer_type, rope_type, _limit(module, layer_type) + 1, short)
+    return short, long
 
 
 def rope_by_batch(decoder: nn.Module) -> None:

@@ -250,3 +250,13 @@ def test_a_rotary_embedding_of_unknown_code_that_looks_at_the_longest_text_is_re
         UnsupportedModelError, match=r"LlamaModel \(model type llama\) has a rotary embedding, OwnRotary"
     ):
         make_bidirectional(model)
+
+
+def test_a_rope_type_by_length_of_unknown_make_is_refused_and_the_model_left_as_it_was() -> None:
+    model = tiny_model("llama")
+    model.rotary_emb.rope_type = "dynamic_of_my_own"
+    del model.rotary_emb.original_inv_freq
+    with pytest.raises(UnsupportedModelError, match=r"LlamaRotaryEmbedding has the rope type 'dynamic_of_my_own'"):
+        make_bidirectional(model)
+    assert model.config._attn_implementation == "eager"
+    assert "is_causal" not in vars(model.config)
