@@ -43,8 +43,8 @@ def rope_by_own_length(decoder: nn.Module) -> bool:
             short, long = _parts(module)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UnsupportedModelError(
-                f"{type(module).__name__} has the rope type {module.rope_type!r} and is not built as transformers builds "
-                f"it ({type(error).__name__}: {error}): change rope_parameters in its config.json"
+                f"{type(module).__name__} has the rope type {module.rope_type!r} and is not built as transformers "
+                f"builds it ({type(error).__name__}: {error}): change rope_parameters in its config.json"
             ) from error
         setattr(module, _STOCK, module.rope_type)
         module.rope_type = short.rope_type  # what stock code computes is not used, and must not be kept either

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from reference_data import FOLDER
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -18,6 +19,7 @@ from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.prompts import Template
 from llm2vec_fast.tokenization import TextTokenizer
 from llm2vec_fast.tokenizer_state import own_backend
+from llm2vec_fast.training.texts import tokenise
 
 LONG = "the quick brown fox jumps over the lazy dog " * 9
 PADDING = {
@@ -141,3 +143,11 @@ def test_a_vocabulary_without_the_letter_a_is_cut_to_length() -> None:
     backend.pre_tokenizer = None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert np.array_equal(ids_of(tokenizer, "nein", max_length=1), [1])
+
+
+def test_training_leaves_the_tokenizer_as_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What a call sets would be saved with the trained model, and cut the texts of whoever loads it."""
+    before = tokenizer.backend_tokenizer.to_str()
+    rows = Dataset.from_dict({"text": ["a text of some tokens"] * 3})
+    assert len(tokenise(rows, tokenizer, 4, line_by_line=True)[0]["input_ids"]) == 4
+    assert tokenizer.backend_tokenizer.to_str() == before
