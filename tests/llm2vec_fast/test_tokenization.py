@@ -131,6 +131,8 @@ def test_end_tokens_survive_truncation():
     expected = tokenizer("a b c d e f g", truncation=True, max_length=5)["input_ids"]
     ours = tokenise([("", "a b c d e f g")], max_length=5, tokenizer=tokenizer)
     assert ours.ids[0].tolist() == expected == [1, 3, 4, 5, 2]
+    without_offsets = TextTokenizer(tokenizer, NO_TEMPLATE, 5, 400)([("", "a b c d e f g")])
+    assert without_offsets.ids[0].tolist() == expected
     assert ours.offsets[0].tolist() == [[0, 0], [0, 1], [1, 3], [3, 5], [0, 0]]
 
 
