@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, ROCm, XPU, MPS
+    "outofmemory",
+    "allocate memory",  # PyTorch's CPU allocator, with Linux's own words
+    "not enough memory",  # the same on Windows
+    "alloc_failed",  # cuBLAS, cuDNN
+    "bad_alloc",
+)
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one sentence: the bad thing, its value, and what to do."""
@@ -33,3 +42,11 @@ class JobRunningError(UserError):
 
 class UnsupportedModelError(UserError):
     """The model cannot attend both ways through transformers' attention interface."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or in the machine: libraries tell it in many ways."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    told = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(words in told for words in _OUT_OF_MEMORY)

@@ -86,5 +86,6 @@ def run_command_line() -> None:
 
     rows, delay = int(os.environ.get("FAKE_ROWS", "256")), float(os.environ.get("FAKE_DELAY", "0"))
     broken = RuntimeError(os.environ["FAKE_BROKEN"]) if "FAKE_BROKEN" in os.environ else None
+    encoding.describe_device = lambda device: {"device": device}  # without the seconds that PyTorch takes to import
     encoding.load_encoder = lambda settings: FakeEncoder(rows, delay, broken)
     main()

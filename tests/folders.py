@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,18 @@ def embeddings(folder: Path) -> np.ndarray:
 
 
 def errors(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "errors.jsonl"
+    path = folder / "_errors.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())
+    return json.loads((folder / "_manifest.json").read_text())
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of a file, its size and its times as they were."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=times)

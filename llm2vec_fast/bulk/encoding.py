@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.bulk.fingerprint import locate
+from llm2vec_fast.bulk.isolation import OnBatch, RowByRow
 from llm2vec_fast.bulk.settings import CPU_ROWS_PER_SHARD, GPU_ROWS_PER_SHARD, EmbedSettings
-from llm2vec_fast.errors import UserError
+from llm2vec_fast.errors import UserError, is_out_of_memory
+from llm2vec_fast.jobs.environment import Environment, describe_device, library_versions
 
 if TYPE_CHECKING:
     import numpy as np
 
-OnBatch = Callable[[int, int, int], None]  # rows, tokens, tokens with padding
 OPEN_CHOICES = ("dtype", "pooling", "max_length", "doc_max_length", "token_budget", "rows_per_shard")
 
 
@@ -114,15 +115,21 @@ def with_choices(settings: EmbedSettings, resolved: dict[str, Any]) -> EmbedSett
     return replace(settings, **{name: resolved[name] for name in left_open if resolved.get(name) is not None})
 
 
-def encode_texts(encoder: Encoder, settings: EmbedSettings, texts: Sequence[str], on_batch: OnBatch) -> np.ndarray:
-    """`encode` with the job's settings; rows that are not finite stay in place.
+def encode_texts(
+    encoder: Encoder, settings: EmbedSettings, width: int, texts: Sequence[str], on_batch: OnBatch
+) -> tuple[np.ndarray, dict[int, str]]:
+    """`encode` with the job's settings, (N, width); rows that are not finite stay in place.
+
+    Returns:
+        The embeddings, and for each text that the encoder raises for, and for no other, its place and the reason.
 
     Raises:
         UserError: memory ran out.
     """
-    try:
+
+    def encode(some: Sequence[str], on_batch: OnBatch) -> np.ndarray:
         return encoder.encode(
-            texts,
+            some,
             instruction=settings.instruction,
             normalize=settings.normalize,
             truncate_dim=settings.truncate_dim,
@@ -130,10 +137,18 @@ def encode_texts(encoder: Encoder, settings: EmbedSettings, texts: Sequence[str]
             on_batch=on_batch,
             non_finite="keep",
         )
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
+
+    try:
+        return RowByRow(encode, on_batch).embed(texts, width)
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"memory ran out with {settings.token_budget or 'the default number of'} tokens a forward pass: "
-            "give a smaller --token-budget in a new --output folder; finished parts are kept"
+            f"memory ran out with {settings.token_budget or 'the default number of'} tokens a forward pass: give a "
+            "smaller --token-budget or another --device; the same --output takes it, and finished parts are kept"
         ) from error
+
+
+def environment_of(resolved: dict[str, Any]) -> Environment:
+    """What the last bits of embeddings depend on that is not fixed for a job."""
+    return {**library_versions(), **describe_device(resolved["device"]), "token budget": resolved["token_budget"]}

@@ -16,31 +16,27 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from llm2vec_fast.bulk.checking import remember_checked
 from llm2vec_fast.bulk.corpus import Corpus, Cursor, Shard, StopReadingError, check_inputs
 from llm2vec_fast.bulk.encoding import (
     Encoder,
     LoadEncoder,
     encode_texts,
+    environment_of,
     load_encoder,
     resolved_choices,
     with_choices,
 )
-from llm2vec_fast.bulk.fingerprint import fingerprint
+from llm2vec_fast.bulk.folder import open_manifest, prepare
 from llm2vec_fast.bulk.inputs import InputFile, find_inputs
-from llm2vec_fast.bulk.manifest import (
-    ERRORS,
-    JOB_FOLDER,
-    MANIFEST,
-    Manifest,
-    Part,
-    read_manifest,
-    write_manifest,
-)
+from llm2vec_fast.bulk.manifest import JOB_FOLDER, Manifest, Part, part_name, write_manifest
+from llm2vec_fast.bulk.problems import ERRORS, keep_problems_of
 from llm2vec_fast.bulk.progress import Meter, ProgressLine
 from llm2vec_fast.bulk.settings import EmbedSettings
-from llm2vec_fast.bulk.sink import Sink, keep_errors_of
-from llm2vec_fast.errors import InputError, OutputError
-from llm2vec_fast.jobs.changes import changed_error, other_versions
+from llm2vec_fast.bulk.sink import Sink
+from llm2vec_fast.errors import ChangedError, InputError, OutputError
+from llm2vec_fast.jobs.changes import changed_error, differences
+from llm2vec_fast.jobs.environment import Environment
 from llm2vec_fast.jobs.lock import only_job
 
 POLL_SECONDS = 0.1
@@ -87,7 +83,7 @@ def embed(
 
     Args:
         patterns: files, folders and globs; see `find_inputs`.
-        folder: gets part-00000.parquet, …, manifest.json and, for rows left out, errors.jsonl.
+        folder: gets part-00000.parquet, …, _manifest.json and, for rows left out, _errors.jsonl.
         settings: the model and all else that decides the embeddings.
         load: makes the encoder; not called for a finished job.
         stop: set it (from a signal handler, another thread) and the job ends after the batch at hand.
@@ -100,9 +96,9 @@ def embed(
     stop = stop or threading.Event()
     _require_free_names(settings)
     files = find_inputs(patterns, folder)
-    _prepare(folder)
-    with only_job(folder / JOB_FOLDER):
-        manifest = _open_manifest(folder, settings, files)
+    prepare(folder)
+    with only_job(folder / JOB_FOLDER, folder):
+        manifest = open_manifest(folder, settings, files, notify, lambda found: _end_if_stopped(found, stop))
         if manifest.finished:
             outcome = _outcome(manifest, already_finished=True)
         else:
@@ -114,42 +110,15 @@ def embed(
     return outcome
 
 
+def _end_if_stopped(manifest: Manifest, stop: threading.Event) -> None:
+    if stop.is_set():
+        raise JobStoppedError(len(manifest.parts), manifest.total("rows"))
+
+
 def _require_free_names(settings: EmbedSettings) -> None:
     taken = [name for name in settings.keep_columns if name in RESERVED_COLUMNS]
     if taken:
         raise InputError(f"column {taken[0]!r} cannot be kept under this name: the output has a column {taken[0]!r}")
-
-
-def _prepare(folder: Path) -> None:
-    """Make the folder ready to be locked; a folder with somebody else's files is refused."""
-    try:
-        if folder.exists() and not (folder / MANIFEST).exists():
-            foreign = sorted(path.name for path in folder.iterdir() if path.name != JOB_FOLDER)
-            foreign = [name for name in foreign if not name.endswith(".tmp")]
-            if foreign:
-                raise OutputError(f"{folder} has other files ({foreign[0]}, …): give a new --output folder")
-        (folder / JOB_FOLDER).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"output folder {folder} cannot be used: {error.strerror}") from error
-
-
-def _open_manifest(folder: Path, settings: EmbedSettings, files: Sequence[InputFile]) -> Manifest:
-    """The folder's manifest, without parts that are gone, or a new one, not written yet."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return Manifest.new(settings, fingerprint(settings.model, settings.adapter), files)
-    marks = fingerprint(settings.model, settings.adapter, known=manifest.fingerprint)
-    manifest.require_same(settings, marks, files, folder)
-    manifest.fingerprint = marks
-    lost = [part for part, path in manifest.part_paths(folder) if not _whole(part, path)]
-    for part in lost:
-        del manifest.parts[part.index]
-        manifest.state = "unfinished"
-    return manifest
-
-
-def _whole(part: Part, path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == part.bytes
 
 
 def _run(
@@ -163,17 +132,13 @@ def _run(
 ) -> Outcome:
     if manifest.parts:
         notify(f"going on after {len(manifest.parts):,} finished parts ({manifest.total('rows'):,} rows)")
-        others = other_versions(manifest.versions)
-        if others:
-            notify(f"{'; '.join(others)}: new parts may differ from finished ones in their last bits")
-    for left in (*folder.glob("*.tmp"), *(folder / JOB_FOLDER).glob("*.tmp")):
-        left.unlink()
-    keep_errors_of(folder, manifest.parts)
+    keep_problems_of(folder, manifest.parts)
     write_manifest(folder, manifest)
     settings = with_choices(settings, manifest.resolved)
     encoder = load(settings)
     manifest.resolved = _resolve(folder, manifest, encoder, settings)
     settings = with_choices(settings, manifest.resolved)
+    here = _environment(manifest, environment_of(manifest.resolved), notify)
     write_manifest(folder, manifest)
     total_bytes = sum(file.bytes for file in files)
     done = (manifest.total(name) for name in ("input_bytes", "tokens", "rows", "bad_rows"))
@@ -182,15 +147,17 @@ def _run(
     corpus = Corpus(files, settings.columns, manifest.resolved["rows_per_shard"], stop)
     try:
         with ProgressLine(meter) as progress:
-            _Pipeline(folder, manifest, settings, encoder, meter, progress, stop).run(corpus)
+            sink = Sink(folder, settings.output_dtype, here)
+            _Pipeline(sink, manifest, settings, encoder, meter, progress, stop).run(corpus)
     except BaseException as error:
         with suppress(OutputError):  # the journal has it all: a full disk loses nothing
-            write_manifest(folder, manifest)
+            _note(folder, manifest)
         if isinstance(error, _StopError | StopReadingError):
             raise JobStoppedError(len(manifest.parts), manifest.total("rows")) from None
         raise
     manifest.state = "finished"
-    write_manifest(folder, manifest)
+    keep_problems_of(folder, manifest.parts)  # those of a part that was made again stand last
+    _note(folder, manifest)
     return _outcome(
         manifest,
         rows_now=manifest.total("rows") - rows_before,
@@ -208,6 +175,22 @@ def _resolve(folder: Path, manifest: Manifest, encoder: Encoder, settings: Embed
     return resolved
 
 
+def _environment(manifest: Manifest, here: Environment, notify: Callable[[str], None]) -> int:
+    """The place of what computes now in the manifest's list; says where something else computed finished parts."""
+    before = {part.environment: None for part in manifest.parts.values()}
+    changes = {change: None for place in before for change in differences(manifest.environments[place], here)}
+    if changes:
+        notify(f"{'; '.join(changes)}: new parts may differ from finished ones in their last bits")
+    if here not in manifest.environments:
+        manifest.environments.append(here)
+    return manifest.environments.index(here)
+
+
+def _note(folder: Path, manifest: Manifest) -> None:
+    write_manifest(folder, manifest)
+    remember_checked(folder, manifest)
+
+
 class _StopError(Exception):
     """The stop flag is set."""
 
@@ -217,7 +200,7 @@ class _Pipeline:
 
     def __init__(
         self,
-        folder: Path,
+        sink: Sink,
         manifest: Manifest,
         settings: EmbedSettings,
         encoder: Encoder,
@@ -227,11 +210,12 @@ class _Pipeline:
     ) -> None:
         self._manifest = manifest
         self._settings = settings
+        self._width = manifest.resolved["dimension"]
         self._encoder = encoder
         self._meter = meter
         self._progress = progress
         self._stop = stop
-        self._sink = Sink(folder, settings.output_dtype)
+        self._sink = sink
         self._written: Future[Part] | None = None
 
     def run(self, corpus: Corpus) -> None:
@@ -243,23 +227,22 @@ class _Pipeline:
                 while (found := self._wait(upcoming)) is not None:
                     shard, first_row = found
                     upcoming = reader.submit(next, shards, None)
-                    embeddings, tokens = self._encode(shard)
+                    embeddings, refused, tokens = self._encode(shard)
                     self._collect()
-                    self._written = writer.submit(self._sink.write, shard, embeddings, tokens, first_row)
+                    self._written = writer.submit(self._sink.write, shard, embeddings, refused, tokens, first_row)
             finally:
                 reader.submit(corpus.close)
                 self._collect()
 
-    def _encode(self, shard: Shard) -> tuple[np.ndarray, int]:
+    def _encode(self, shard: Shard) -> tuple[np.ndarray, dict[int, str], int]:
         before = self._meter.tokens
         bad_rows = sum(problem.rows for problem in shard.problems)
         self._meter.begin_shard(sum(map(len, shard.texts)), shard.input_bytes, bad_rows)
+        embeddings, refused = np.empty((0, self._width), np.float32), {}
         if shard.texts:
-            embeddings = encode_texts(self._encoder, self._settings, shard.texts, self._on_batch)
-        else:
-            embeddings = np.empty((0, self._manifest.resolved["dimension"]), np.float32)
+            embeddings, refused = encode_texts(self._encoder, self._settings, self._width, shard.texts, self._on_batch)
         self._meter.end_shard()
-        return embeddings, self._meter.tokens - before
+        return embeddings, refused, self._meter.tokens - before
 
     def _on_batch(self, rows: int, tokens: int, padded_tokens: int) -> None:
         self._meter.batch(rows, tokens, padded_tokens)
@@ -284,7 +267,11 @@ class _Pipeline:
 
 
 def _missing(corpus: Corpus, finished: dict[int, Part]) -> Iterator[tuple[Shard, int]]:
-    """The shards that no finished part holds, each with the rows of the corpus before it."""
+    """The shards that no finished part holds, each with the rows of the corpus before it.
+
+    Raises:
+        ChangedError: a shard does not end where the finished part behind it begins: rows would be lost, or twice there.
+    """
     cursor, index, row = Cursor(), 0, 0
     while True:
         part = finished.get(index)
@@ -294,6 +281,12 @@ def _missing(corpus: Corpus, finished: dict[int, Part]) -> Iterator[tuple[Shard,
             shard = corpus.read(index, cursor)
             if shard is None:
                 return
+            after = finished.get(index + 1)
+            if after is not None and (after.start, after.first_row) != (shard.end, row + shard.rows_read):
+                raise ChangedError(
+                    f"{part_name(index)} would not hold the rows that it held, by another release's rules: embed again "
+                    "into a new --output"
+                )
             yield shard, row
             cursor, row = shard.end, row + shard.rows_read
         index += 1

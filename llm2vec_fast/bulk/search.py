@@ -44,20 +44,20 @@ def search(
     """The ``top_k`` rows of highest cosine for each question, best first.
 
     The model and its settings are those of the folder's manifest; ``model`` and ``adapter`` tell where they are now,
-    if they moved. ``instruction`` is the questions' own, the documents' is not used.
+    if they moved. ``instruction`` is the questions' own, the documents' is not used. The folder may be a stranger's:
+    what it names is loaded from this machine only, and no code that comes with it is run.
 
     Raises:
         InputError: the folder holds no embeddings, or a question is empty.
-        ChangedError: the model is not the one that the folder was made with.
+        ChangedError: the model is not the one that the folder was made with, or is not where it was.
         OutputError: a part is damaged.
     """
     manifest = _readable(folder, questions, notify)
-    settings = EmbedSettings.from_json(manifest.settings)
     settings = replace(
-        with_choices(settings, manifest.resolved),
-        model=model or manifest.fingerprint["model"]["path"],
-        adapter=adapter or (manifest.fingerprint["adapter"] or {}).get("path"),
-        device=device or settings.device,
+        with_choices(EmbedSettings.from_json(manifest.settings), manifest.resolved),
+        model=model or _named(folder, manifest, "model", notify),
+        adapter=adapter or _named(folder, manifest, "adapter", notify),
+        device=device,
     )
     _require_same_model(manifest, settings, folder)
     queries = load(settings).encode(
@@ -85,6 +85,18 @@ def _readable(folder: Path, questions: Sequence[str], notify: Callable[[str], No
     if not manifest.finished:
         notify(f"{folder} is not finished: searching the {manifest.total('rows'):,} rows it holds so far")
     return manifest
+
+
+def _named(folder: Path, manifest: Manifest, name: str, notify: Callable[[str], None]) -> str | None:
+    """The path that the manifest names, which is never taken for a name on the hub; None where there is none."""
+    mark = manifest.fingerprint[name]
+    if mark is None:
+        return None
+    path = Path(mark["path"])
+    if not path.is_absolute() or not path.exists():
+        raise ChangedError(f"{folder} names the {name} {path}, which is not there: say where it is with --{name}")
+    notify(f"the {name} is {path}, as {folder / MANIFEST} says")
+    return str(path)
 
 
 def _require_same_model(manifest: Manifest, settings: EmbedSettings, folder: Path) -> None:

@@ -1,10 +1,9 @@
-"""Parts of the output: Parquet files of ids, kept columns and embeddings, and errors.jsonl for rows left out."""
+"""Parts of the output: Parquet files of ids, kept columns and embeddings, and _errors.jsonl for rows left out."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2vec_fast.bulk.corpus import Problem, Shard
-from llm2vec_fast.bulk.manifest import ERRORS, Part, record_part
-from llm2vec_fast.jobs.files import append_lines, read_json_lines, replacing
+from llm2vec_fast.bulk.manifest import Part, part_name, record_part
+from llm2vec_fast.bulk.problems import append_problems
+from llm2vec_fast.jobs.files import replacing
 
 ROWS_PER_GROUP = 8192
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
@@ -23,28 +23,30 @@ MAX_FLOAT16 = float(np.finfo(np.float16).max)
 class Sink:
     """Writes finished shards into ``folder``; one call at a time, from any thread."""
 
-    def __init__(self, folder: Path, output_dtype: str) -> None:
+    def __init__(self, folder: Path, output_dtype: str, environment: int) -> None:
         self._folder = folder
+        self._environment = environment
         self._dtype = np.dtype(output_dtype)
 
-    def write(self, shard: Shard, embeddings: np.ndarray, tokens: int, first_row: int) -> Part:
+    def write(
+        self, shard: Shard, embeddings: np.ndarray, refused: Mapping[int, str], tokens: int, first_row: int
+    ) -> Part:
         """Write a part, its bad rows and its entry in the journal, in this order: only the entry makes it count.
 
         Args:
             shard: the rows.
             embeddings: (N, d) float32, a row a text of the shard; rows that are not finite are left out.
+            refused: the reason, by their place, for texts that the encoder raised for.
             tokens: tokens that the model saw.
             first_row: rows of the corpus before this shard.
 
         Raises:
             OutputError: the disk is full, or the folder cannot be written.
         """
-        good, problems = _split(shard, embeddings, self._dtype)
-        name = f"part-{shard.index:05d}.parquet"
+        good, problems = _split(shard, embeddings, refused, self._dtype)
+        name = part_name(shard.index)
         size, digest = self._write_table(self._folder / name, _table(shard, embeddings, good, self._dtype))
-        if problems:
-            lines = [_problem_line(shard.index, problem) for problem in problems]
-            append_lines(self._folder / ERRORS, lines)
+        errors_digest = append_problems(self._folder, shard.index, problems)
         part = Part(
             index=shard.index,
             name=name,
@@ -57,6 +59,8 @@ class Sink:
             input_bytes=shard.input_bytes,
             bytes=size,
             sha256=digest,
+            errors_sha256=errors_digest,
+            environment=self._environment,
             start=shard.start,
             end=shard.end,
         )
@@ -103,18 +107,9 @@ class HashingFile:
         """The owner of the file closes it, once it is synced."""
 
 
-def keep_errors_of(folder: Path, parts: Collection[int]) -> None:
-    """Drop from errors.jsonl the rows of parts that never were finished: they will be read again."""
-    path = folder / ERRORS
-    if not path.exists():
-        return
-    with replacing(path) as file:
-        for line in read_json_lines(path):
-            if line["part"] in parts:
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-
-
-def _split(shard: Shard, embeddings: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, list[Problem]]:
+def _split(
+    shard: Shard, embeddings: np.ndarray, refused: Mapping[int, str], dtype: np.dtype[Any]
+) -> tuple[np.ndarray, list[Problem]]:
     """Which rows can be written (N bools), and all the shard's problems."""
     reasons = {
         "the embedding is not finite, in float32 too": ~np.isfinite(embeddings).all(axis=1),
@@ -126,7 +121,7 @@ def _split(shard: Shard, embeddings: np.ndarray, dtype: np.dtype[Any]) -> tuple[
     good = ~np.any(list(reasons.values()), axis=0)
     problems = list(shard.problems)
     for place in np.flatnonzero(~good):
-        reason = next(reason for reason, bad in reasons.items() if bad[place])
+        reason = refused.get(int(place)) or next(reason for reason, bad in reasons.items() if bad[place])
         name, row = shard.places[place]
         problems.append(Problem(name, row, shard.ids[place], reason))
     return good, problems
@@ -139,10 +134,3 @@ def _table(shard: Shard, embeddings: np.ndarray, good: np.ndarray, dtype: np.dty
     columns |= {name: pa.array(kept, pa.string()).filter(mask) for name, kept in shard.kept.items()}
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(values), embeddings.shape[1])
     return pa.table(columns)
-
-
-def _problem_line(part: int, problem: Problem) -> str:
-    value = {"part": part, "file": problem.file, "row": problem.row, "id": problem.id, "reason": problem.reason}
-    if problem.rows != 1:
-        value["rows"] = problem.rows
-    return json.dumps(value, ensure_ascii=False)

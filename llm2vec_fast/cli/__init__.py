@@ -15,10 +15,11 @@ from llm2vec_fast.cli.embed import embed
 from llm2vec_fast.cli.leaving import leave_group
 from llm2vec_fast.cli.mine import mine
 from llm2vec_fast.cli.search import search
+from llm2vec_fast.cli.verify import verify
 from llm2vec_fast.errors import UserError
 
 DEBUG_VARIABLE = "LLM2VEC_FAST_DEBUG"
-VERBS = (embed, search, mine, doctor)
+VERBS = (embed, search, verify, mine, doctor)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 from typing import Annotated, Any
@@ -79,20 +78,12 @@ def _cpu() -> dict[str, str]:
     """The processor, and those of its features that decide speed."""
     import torch
 
-    found = {"name": _cpu_name(), "PyTorch uses": torch.backends.cpu.get_cpu_capability()}
+    from llm2vec_fast.jobs.environment import processor_name
+
+    found = {"name": processor_name(), "PyTorch uses": torch.backends.cpu.get_cpu_capability()}
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     known = {name: capabilities[name] for name in CPU_FEATURES if name in capabilities}
     return found | {name: "yes" if there else "no" for name, there in known.items()}
-
-
-def _cpu_name() -> str:
-    from pathlib import Path
-
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _free() -> dict[str, str]:

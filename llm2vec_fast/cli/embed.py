@@ -40,8 +40,8 @@ def embed(
     """Embed a corpus of any size into Parquet files; go on where it was stopped.
 
     The output folder gets part-00000.parquet, … (id, kept columns, embedding),
-    manifest.json (settings, hashes, checksums) and, for rows that cannot be
-    embedded, errors.jsonl (file, row, id, reason). The job may be stopped at
+    _manifest.json (settings, hashes, checksums) and, for rows that cannot be
+    embedded, _errors.jsonl (file, row, id, reason). The job may be stopped at
     any moment: the same command goes on after the last finished part. Other
     inputs or settings are refused in the same folder.
 
@@ -55,7 +55,7 @@ def embed(
 
     [bold]Exit code[/bold]
 
-    0  done; rows that were left out are in errors.jsonl
+    0  done; rows that were left out are in _errors.jsonl
     1  not done, nothing could be embedded, or a file is damaged in part
     2  the command line is wrong
     130, 143  stopped by Ctrl-C, by SIGTERM
@@ -90,7 +90,9 @@ def embed(
             raise typer.Exit(stop.exit_code) from None
     _say(_summary(outcome, output))
     if outcome.damaged:
-        _say(f"{outcome.damaged:,} damaged places in the input could not be read: {output / 'errors.jsonl'} names them")
+        _say(
+            f"{outcome.damaged:,} damaged places in the input could not be read: {output / '_errors.jsonl'} names them"
+        )
         raise typer.Exit(1)
 
 
@@ -106,7 +108,7 @@ def _how_to_go_on(stopped: JobStoppedError) -> str:
 def _summary(outcome: Outcome, output: Path) -> str:
     from llm2vec_fast.bulk.progress import duration
 
-    left_out = f", {outcome.bad_rows:,} left out ({output / 'errors.jsonl'} says why)" if outcome.bad_rows else ""
+    left_out = f", {outcome.bad_rows:,} left out ({output / '_errors.jsonl'} says why)" if outcome.bad_rows else ""
     holds = f"{outcome.rows:,} rows × {outcome.dimension} in {outcome.parts:,} parts of {output}{left_out}"
     if outcome.already_finished:
         return f"already finished: {holds}"

@@ -7,24 +7,27 @@ what was found for each block of queries. Finished parts of either are not made 
 from __future__ import annotations
 
 import json
-import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2vec_fast.bulk.encoding import LoadEncoder, load_encoder
+from llm2vec_fast.bulk.folder import remove_embeddings
 from llm2vec_fast.bulk.job import embed
 from llm2vec_fast.bulk.manifest import read_manifest
 from llm2vec_fast.errors import InputError, OutputError
 from llm2vec_fast.jobs.changes import changed_error
-from llm2vec_fast.jobs.files import replace_json, replacing, sha256_of
-from llm2vec_fast.jobs.lock import only_job
+from llm2vec_fast.jobs.files import LEFTOVERS, is_leftover, remove_own, replace_json, replacing, sha256_of
+from llm2vec_fast.jobs.lock import HOLDER, LOCK, only_job
+from llm2vec_fast.jobs.typed import of_type
 from llm2vec_fast.mining.rows import Added, Rows, TableRows, write_rows
 from llm2vec_fast.mining.search import Found, find_negatives
 from llm2vec_fast.mining.settings import MiningSettings
@@ -32,6 +35,7 @@ from llm2vec_fast.mining.texts import MiningTexts, read_mining_texts, write_text
 
 QUERIES_AT_ONCE = 1024
 _JOB, _INPUTS = "mining.json", "inputs"
+_SIDES = ("queries", "documents")
 _NEGATIVES, _SCORES, _POSITIVE = "negative", "negative_score", "positive_score"
 WRITERS = (".jsonl", ".parquet")
 
@@ -83,14 +87,10 @@ def mine(
     stop = stop or threading.Event()
     if output.suffix.lower() not in WRITERS:
         raise OutputError(f"{output} is of a format that its name does not tell: end it in {' or '.join(WRITERS)}")
-    if output.exists():
-        raise OutputError(f"{output} exists already: delete it, or give another --output")
     folder = output.with_name(f"{output.name}.mining")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be used: {error.strerror}") from error
-    with only_job(folder), _kept_if_of_use(folder):
+    _prepare(folder, output)
+    with _working_in(folder, output):
+        _require_absent(output)  # a job that had the lock until now may have written it
         _open(folder, pairs, corpora, settings)
         texts = read_mining_texts(pairs, corpora, settings)
         # What does not fit a parquet file is told before the work is done.
@@ -99,25 +99,56 @@ def mine(
         instructions = settings.encoder.instruction, settings.documents_instruction
         queries, documents = (
             _embedded(folder, name, some, settings, instruction, load, stop, notify)
-            for name, some, instruction in zip(
-                ("queries", "documents"), (texts.queries, texts.documents), instructions, strict=True
-            )
+            for name, some, instruction in zip(_SIDES, (texts.queries, texts.documents), instructions, strict=True)
         )
         found = _search(folder, queries, documents, texts, settings, stop)
-        outcome = _write(output, rows, texts, found)
-    shutil.rmtree(folder)
-    return outcome
+        return _write(output, rows, texts, found)
+
+
+def _prepare(folder: Path, output: Path) -> None:
+    """Make the folder ready to be locked; one with somebody else's files is refused."""
+    _require_absent(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir() if not is_leftover(path)}
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be used: {error.strerror}") from error
+    foreign = sorted(names - {LOCK, HOLDER})
+    if foreign and _JOB not in names:
+        raise OutputError(f"{folder} has other files ({foreign[0]}, …): give another --output")
+
+
+def _require_absent(output: Path) -> None:
+    if output.exists():
+        raise OutputError(f"{output} exists already: delete it, or give another --output")
 
 
 @contextmanager
-def _kept_if_of_use(folder: Path) -> Iterator[None]:
-    """Where it ends before a part is finished the folder goes: it would only hold up the same command put right."""
+def _working_in(folder: Path, output: Path) -> Iterator[None]:
+    """Hold the folder; it goes once the work is done, or ended before a part was finished: it would be in the way."""
+    held = False
     try:
-        yield
-    except BaseException:
-        if not any(folder.rglob("*.parquet")):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        with only_job(folder, output):
+            held = True
+            try:
+                yield
+            except BaseException:
+                if not any(folder.glob("*/part-*.parquet")):
+                    with suppress(OSError):
+                        _remove_work(folder)
+                raise
+            _remove_work(folder)
+    finally:
+        if held and not (folder / _JOB).exists():
+            with suppress(OSError):
+                remove_own(folder, (LOCK,))
+
+
+def _remove_work(folder: Path) -> None:
+    """Remove the job's own files; what else somebody put there stays, with the folder."""
+    for name in _SIDES:
+        remove_embeddings(folder / name)
+    remove_own(folder, (_JOB, *(f"{name}.*" for name in _SIDES), "found-*.npz", LEFTOVERS))
 
 
 def _is_parquet(output: Path) -> bool:
@@ -135,7 +166,10 @@ def _open(folder: Path, pairs: Path, corpora: Sequence[str], settings: MiningSet
     if not path.exists():
         replace_json(path, asked)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = of_type(dict, json.loads(path.read_text(encoding="utf-8")), "it")
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is damaged ({error}): delete {folder} and mine again") from error
     changes = [
         "other files or other contents" if name == _INPUTS else f"{name} {before.get(name)} -> {new}"
         for name, new in asked.items()
@@ -195,14 +229,23 @@ def _search(
     found = []
     for first in range(0, len(queries), QUERIES_AT_ONCE):
         path = folder / f"found-{first:010d}.npz"
-        if not path.exists():
+        result = _found_before(path)
+        if result is None:
             block = queries[first : first + QUERIES_AT_ONCE]
             result = find_negatives(block, documents, texts, first, settings, after_slice=check)
             with replacing(path) as file:
                 np.savez(file, places=result.places, scores=result.scores, positives=result.positives)
-        with np.load(path, allow_pickle=False) as parts:
-            found.append(Found(parts["places"], parts["scores"], parts["positives"]))
+        found.append(result)
     return found
+
+
+def _found_before(path: Path) -> Found | None:
+    """What an earlier run found for a block of queries; None where there is none, or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as parts:  # a zip: each array has its checksum
+            return Found(parts["places"], parts["scores"], parts["positives"])
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+        return None
 
 
 def _write(output: Path, rows: Rows, texts: MiningTexts, found: Sequence[Found]) -> Outcome:

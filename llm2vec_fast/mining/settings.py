@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llm2vec_fast.bulk.settings import EmbedSettings
+from llm2vec_fast.bulk.settings import COMPARED_BY_HASH, NOT_COMPARED, EmbedSettings
 from llm2vec_fast.errors import UserError
 
 
@@ -45,5 +45,6 @@ class MiningSettings:
 
     def as_json(self) -> dict[str, Any]:
         """What decides the result, for a job that goes on to be compared with; the model is compared by its files."""
-        of_encoder = {k: v for k, v in self.encoder.as_json().items() if k not in ("model", "adapter", "device")}
+        left_out = {*COMPARED_BY_HASH, *NOT_COMPARED}
+        of_encoder = {k: v for k, v in self.encoder.as_json().items() if k not in left_out}
         return {**of_encoder, **{k: v for k, v in asdict(self).items() if k != "encoder"}}

@@ -185,7 +185,7 @@ def test_a_model_that_moved_is_the_same_model(run: Run, lines: Path, model: Path
 
 def test_a_library_updated_in_between_is_mentioned(run: Run, lines: Path, tmp_path: Path) -> None:
     stop_in_part(run, 3, lines)
-    path = tmp_path / "out" / "manifest.json"
+    path = tmp_path / "out" / "_manifest.json"
     path.write_text(path.read_text().replace(f'"numpy": "{np.__version__}"', '"numpy": "1.0"'))
     said: list[str] = []
     run(lines, notify=said.append)
@@ -282,7 +282,9 @@ def test_errors_are_listed_once_however_often_the_job_is_stopped(run: Run, tmp_p
     path.write_text("".join("\n" if number % 4 == 0 else f"text {number}\n" for number in range(70)))
     run(path, output="straight")
     stop_in_part(run, stopped_in, path)
-    with open(tmp_path / "out" / "errors.jsonl", "a") as file:  # a part whose errors were written but that was not done
+    with open(
+        tmp_path / "out" / "_errors.jsonl", "a"
+    ) as file:  # a part whose errors were written but that was not done
         file.write(json.dumps({"part": stopped_in - 1, "file": "lines.txt", "row": 1, "id": "x", "reason": "r"}))
         file.write('\n{"part": ')
     run(path)
@@ -397,12 +399,6 @@ def test_a_full_disk_keeps_finished_parts_and_the_job_goes_on_later(
     assert parts(tmp_path / "out") == parts(tmp_path / "straight")
 
 
-def test_memory_that_runs_out_names_the_remedy(run: Run, lines: Path) -> None:
-    broken = FakeEncoder(broken=RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    with pytest.raises(UserError, match=r"memory ran out .* smaller --token-budget"):
-        run(lines, encoder=broken)
-
-
 def test_more_dimensions_than_the_model_has_are_refused(run: Run, lines: Path) -> None:
     with pytest.raises(UserError, match="truncate_dim 17 is more than the 16 dimensions of the model"):
         run(lines, truncate_dim=17)
@@ -416,14 +412,14 @@ def test_a_column_cannot_be_kept_under_a_name_of_the_output(run: Run, lines: Pat
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}'])
 def test_a_damaged_manifest_is_refused(run: Run, lines: Path, tmp_path: Path, content: str) -> None:
     run(lines)
-    (tmp_path / "out" / "manifest.json").write_text(content)
-    with pytest.raises(OutputError, match=r"manifest\.json is damaged"):
+    (tmp_path / "out" / "_manifest.json").write_text(content)
+    with pytest.raises(OutputError, match=r"_manifest\.json is damaged"):
         run(lines)
 
 
 def test_a_manifest_of_a_later_format_is_refused(run: Run, lines: Path, tmp_path: Path) -> None:
     run(lines)
     value = manifest(tmp_path / "out") | {"format_version": 99}
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps(value))
+    (tmp_path / "out" / "_manifest.json").write_text(json.dumps(value))
     with pytest.raises(OutputError, match="version 99"):
         run(lines)

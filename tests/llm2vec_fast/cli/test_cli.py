@@ -125,7 +125,7 @@ def test_rows_left_out_are_counted_and_the_job_has_done_its_work(tmp_path: Path,
     result = fake("embed", tmp_path / "a.txt", "-m", model, "-o", tmp_path / "out")
     assert result.returncode == 0
     assert "2 left out" in result.stderr
-    assert "errors.jsonl" in result.stderr
+    assert "_errors.jsonl" in result.stderr
 
 
 def test_a_damaged_file_ends_in_exit_code_1_though_the_rest_is_embedded(tmp_path: Path, model: Path) -> None:
