@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import re
-import resource
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -77,5 +76,7 @@ def _peak_mib() -> float:
     """From /proc where there is one: getrusage counts what the parent held when it started this process, too."""
     status = Path("/proc/self/status")
     if not status.exists():
+        import resource  # which Windows lacks
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024

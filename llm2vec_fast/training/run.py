@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -184,5 +184,10 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that training took so far: on the device, or of the process where that is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows, where there is no module resource
+        return memory.peak_wset
+    import resource
+
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

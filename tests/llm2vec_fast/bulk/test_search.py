@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -116,3 +117,26 @@ def test_what_cannot_be_searched_is_refused(run: Run, texts: Path, tmp_path: Pat
     (tmp_path / "out" / "part-00001.parquet").write_bytes(b"broken")
     with pytest.raises(OutputError, match=r"part-00001\.parquet cannot be read"):
         find(tmp_path / "out", ["gamma"])
+
+
+def test_a_folder_of_a_stranger_loads_nothing_but_what_is_here(
+    run: Run, texts: Path, tmp_path: Path, model: Path
+) -> None:
+    """Neither a name on the hub, nor a relative path, nor a device; and what is loaded is said."""
+    run(texts, device="cpu")
+    path, seen, said = tmp_path / "out" / "_manifest.json", [], []
+
+    def load(settings: Any) -> FakeEncoder:
+        seen.append(settings)
+        return FakeEncoder()
+
+    search(tmp_path / "out", ["gamma"], load=load, notify=said.append)
+    assert said == [f"the model is {model}, as {path} says"]
+    assert (seen[0].model, seen[0].device) == (str(model), None)
+    value = json.loads(path.read_text())
+    for name in ("somebody/some-model", "model", str(tmp_path / "gone")):
+        path.write_text(json.dumps(value | {"model": value["model"] | {"path": name}}))
+        with pytest.raises(ChangedError, match=f"names the model {name}, which is not there: say where it is with"):
+            search(tmp_path / "out", ["gamma"], load=load)
+    assert len(seen) == 1
+    assert search(tmp_path / "out", ["gamma"], load=load, model=str(model))

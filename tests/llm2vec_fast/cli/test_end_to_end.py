@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import embeddings, errors, ids, manifest, parts
+from folders import embeddings, errors, flip_a_bit, ids, manifest, parts
 
 from llm2vec_fast import LLM2Vec
 
@@ -84,6 +84,26 @@ def test_a_job_that_lost_its_last_parts_ends_with_the_same_bits(command: Command
     assert "20 rows, " in command(*job).stderr
     assert parts(out) == before
     assert manifest(out)["resolved"]["dtype"] in ("float32", "bfloat16")
+
+
+def test_verify_tells_of_a_flipped_bit_and_of_an_unfinished_job(
+    command: Command, invoke: Command, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    job = ["embed", corpus, "--model", CHECKPOINTS / "llama", "--output", out, "--rows-per-shard", "20"]
+    command(*job)
+    assert command("verify", out).stdout.endswith("every part is as it was written\n")
+    flip_a_bit(out / "part-00001.parquet")
+    told = invoke("verify", out)
+    assert (told.returncode, told.stderr) == (1, "")
+    assert "part-00001.parquet has another SHA-256 than when it was written\n" in told.stdout
+    assert "part-00000" not in told.stdout
+    command(*job)
+    assert "3 parts, 60 rows" in command("verify", out).stdout
+    path = out / "_manifest.json"
+    path.write_text(path.read_text().replace('"finished"', '"unfinished"'))
+    assert (told := invoke("verify", out)).returncode == 1
+    assert "the job is not finished: its embed command goes on" in told.stdout
 
 
 def test_a_text_of_a_million_characters_and_odd_ones_are_embedded(command: Command, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from fake_encoder import NO_TOKEN, NOT_FINITE, FakeEncoder, embedding_of
+from folders import flip_a_bit
 from reference_data import FOLDER
 
 from llm2vec_fast.bulk.settings import EmbedSettings
@@ -221,6 +222,62 @@ def test_what_cannot_be_mined_is_refused(run, row: dict, options: dict, error: t
 def test_a_finished_output_is_not_written_over(run, rows) -> None:
     run(rows)
     with pytest.raises(OutputError, match=r"out.jsonl exists already: delete it, or give another --output"):
+        run(rows)
+
+
+def stop_in_search(run, rows, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Stop the job in a block of the search; its texts are embedded."""
+    monkeypatch.setattr(job, "QUERIES_AT_ONCE", 7)
+    stop, find, calls = threading.Event(), job.find_negatives, []
+
+    def stopping(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) > block:
+            stop.set()
+        return find(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "find_negatives", stopping)
+        with pytest.raises(MiningStoppedError):
+            run(rows, stop=stop)
+
+
+def test_a_result_that_was_damaged_is_found_again(run, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(rows, output="straight.jsonl")
+    stop_in_search(run, rows, monkeypatch, 3)
+    folder = tmp_path / "out.jsonl.mining"
+    found = sorted(folder.glob("found-*.npz"))
+    assert len(found) == 3
+    flip_a_bit(found[0])
+    found[1].write_bytes(bytes(found[1].stat().st_size))
+    found[2].write_bytes(found[2].read_bytes()[:-9])
+    run(rows)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+
+
+def test_files_of_the_user_beside_the_work_stay(run, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out.jsonl.mining"
+    folder.mkdir()
+    (folder / "thesis.tmp").write_text("the user's")
+    with pytest.raises(OutputError, match=r"out\.jsonl\.mining has other files \(thesis\.tmp, …\)"):
+        run(rows)
+    (folder / "thesis.tmp").unlink()
+    stop_in_search(run, rows, monkeypatch, 1)
+    own = [folder / "notes.tmp", folder / "queries" / "notes.tmp"]
+    for path in own:
+        path.write_text("the user's")
+    run(rows)
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == own
+    assert [path.read_text() for path in own] == ["the user's"] * 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_note_of_the_job_is_named(
+    run, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    stop_in_search(run, rows, monkeypatch, 1)
+    (tmp_path / "out.jsonl.mining" / "mining.json").write_text(content)
+    with pytest.raises(OutputError, match=r"mining\.json is damaged .*: delete .*out\.jsonl\.mining and mine again"):
         run(rows)
 
 
