@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ def remember_checked(folder: Path, manifest: Manifest) -> None:
     """
     stamps = {part.name: [part.sha256, *_stamp(path)] for part, path in manifest.part_paths(folder)}
     replace_json(folder / JOB_FOLDER / CHECKED, stamps)
+
+
+def forget_checked(folder: Path) -> None:
+    """Have the next job read every part again, where the folder can be written."""
+    with suppress(OSError):
+        (folder / JOB_FOLDER / CHECKED).unlink(missing_ok=True)
 
 
 def _stamp(path: Path) -> list[int]:

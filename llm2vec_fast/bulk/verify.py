@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm2vec_fast.bulk.checking import faults
+from llm2vec_fast.bulk.checking import faults, forget_checked
 from llm2vec_fast.bulk.folder import Teller
 from llm2vec_fast.bulk.manifest import JOB_FOLDER, MANIFEST, Manifest, read_manifest
 from llm2vec_fast.bulk.problems import ERRORS, digests
@@ -31,7 +31,8 @@ class Report:
 def verify(folder: Path, *, notify: Callable[[str], None] = lambda sentence: None) -> Report:
     """Compare every part's size, footer, rows, type and SHA-256, and the rows left out, with the manifest.
 
-    Nothing is written, no model is loaded, and a job may go on in the folder meanwhile.
+    No model is loaded, no part is changed. After a fault the next job in the folder reads all its parts again, for what
+    a disk lost shows in no size and in no time.
 
     Raises:
         InputError: the folder was not written by `llm2vec-fast embed`.
@@ -42,6 +43,8 @@ def verify(folder: Path, *, notify: Callable[[str], None] = lambda sentence: Non
         raise InputError(f"{folder} has no {MANIFEST}: give a folder that `llm2vec-fast embed` wrote")
     teller = Teller(len(manifest.parts), notify)
     found = faults(folder, manifest, each=teller.tell)
+    if found:
+        forget_checked(folder)
     report = Report(
         parts=len(manifest.parts),
         rows=manifest.total("rows"),
