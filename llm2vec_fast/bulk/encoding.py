@@ -50,7 +50,7 @@ def load_encoder(settings: EmbedSettings) -> Encoder:
         ModelLoadError: it cannot be loaded.
         UserError: the device is not there.
     """
-    from llm2vec_fast.encoder import LLM2Vec
+    from llm2vec_fast import LLM2Vec
 
     _require_device(settings.device)
     options = {

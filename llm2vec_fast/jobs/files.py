@@ -149,9 +149,9 @@ def _ends_in_newline(path: Path) -> bool:
 def writing_error(path: Path, error: OSError) -> OutputError:
     """The sentence for a write that failed."""
     if error.errno in NO_SPACE:
-        free = shutil.disk_usage(path.parent).free / 1e9
+        free = shutil.disk_usage(path.parent).free / 1e6
         return OutputError(
-            f"no space left to write {path.name} in {path.parent} ({free:.1f} GB free): make room or raise the limit; "
+            f"no space left to write {path.name} in {path.parent} ({free:,.1f} MB free): make room or raise the limit; "
             "finished parts are kept and the same command goes on"
         )
     return OutputError(f"{path} cannot be written: {error.strerror or error}; finished parts are kept")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from reference_data import FOLDER
+
+import llm2vec_fast
 
 ROOT = Path(__file__).parents[2]
 # Each takes a tenth of a second or more to import, and none of them makes a vector.
@@ -31,9 +34,11 @@ HEAVY = (
 )
 ONLY_POSIX = {"crypt", "fcntl", "grp", "nis", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 FIRST_VECTOR = """
-import json, sys
+import gc, json, sys
 import llm2vec_fast
 assert "torch" not in sys.modules, "import llm2vec_fast is not light"
+llm2vec_fast.LLM2Vec
+assert gc.isenabled() and not gc.get_freeze_count(), "the caller's garbage is not collected any more"
 embedding = llm2vec_fast.LLM2Vec.from_pretrained(sys.argv[1], device="cpu", dtype="float32").encode("a first text")
 print(json.dumps([embedding.shape[0], sorted(sys.modules)]))
 """
@@ -52,6 +57,19 @@ def test_a_first_vector_imports_nothing_that_does_not_make_it() -> None:
     assert width > 0
     assert "torch" in modules
     assert not set(HEAVY) & set(modules)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_import_that_fails_leaves_the_collector_as_it_was(monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
+    monkeypatch.setitem(llm2vec_fast._HOMES, "LLM2Vec", ".nowhere")
+    was = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ModuleNotFoundError):
+            _ = llm2vec_fast.LLM2Vec
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 @pytest.mark.parametrize("package", ["llm2vec_fast", "kernels"])
