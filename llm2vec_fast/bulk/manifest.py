@@ -268,7 +268,7 @@ def _require_possible(part: Part, environments: int) -> None:
     where = f"part {part.index}"
     if part.name != part_name(part.index):
         raise MistypedError(f"name of {where} is {shown(part.name)}, not {part_name(part.index)!r}")
-    for name, value in {**asdict(part), **asdict(part.start), **asdict(part.end)}.items():
+    for name, value in {**vars(part), **vars(part.start), **vars(part.end)}.items():
         if type(value) is int and value < 0:
             raise MistypedError(f"{name} of {where} is {value}")
     for name in ("sha256", "errors_sha256"):

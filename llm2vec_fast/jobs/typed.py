@@ -8,6 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 Made = TypeVar("Made")
@@ -29,9 +30,7 @@ def dataclass_from(kind: type[Made], value: Any, where: str) -> Made:
     Raises:
         MistypedError: a name is missing or unknown, or a value is of another type.
     """
-    hints = get_type_hints(kind)
-    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
-    return kind(**_checked_names(hints, needed, value, where))
+    return kind(**_checked_names(*_names_of(kind), value, where))
 
 
 def of_type(kind: Any, value: Any, where: str) -> Any:
@@ -50,7 +49,7 @@ def of_type(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         return dataclass_from(kind, value, where)  # type: ignore[arg-type]
     if is_typeddict(kind):
-        return _checked_names(get_type_hints(kind), kind.__required_keys__, value, where)
+        return _checked_names(*_names_of(kind), value, where)
     if origin in (Union, types.UnionType):
         return _of_union(kind, value, where)
     if origin is Literal and value in inner:
@@ -73,7 +72,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
-def _checked_names(hints: dict[str, Any], needed: Any, value: Any, where: str) -> dict[str, Any]:
+@cache
+def _names_of(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """The types of a dataclass's or TypedDict's names, and the names that must be there; asked for every part."""
+    hints = get_type_hints(kind)
+    if is_typeddict(kind):
+        return hints, kind.__required_keys__
+    return hints, frozenset(f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)
+
+
+def _checked_names(hints: dict[str, Any], needed: frozenset[str], value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MistypedError(f"{where} is {shown(value)}, not an object")
     for name in sorted(needed - value.keys()):

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from folders import errors, manifest, parts
 
+from llm2vec_fast.bulk.verify import verify
+
 TESTS = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "import fake_encoder; fake_encoder.run_command_line()"]
 PATIENCE_SECONDS = 300
@@ -62,6 +64,7 @@ def test_a_job_killed_again_and_again_ends_with_the_same_bits(
         process.send_signal(signal.SIGKILL)
         assert process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
         assert len(parts(tmp_path / "out")) < 30, "the job ended before it was killed"
+        assert not verify(tmp_path / "out").faults
     done = len(parts(tmp_path / "out"))
     last = finish(arguments("out"))
     assert last.returncode == 0, last.stderr
@@ -69,6 +72,7 @@ def test_a_job_killed_again_and_again_ends_with_the_same_bits(
     assert parts(tmp_path / "out") == parts(tmp_path / "straight")
     assert errors(tmp_path / "out") == errors(tmp_path / "straight")
     assert manifest(tmp_path / "out")["parts"] == manifest(tmp_path / "straight")["parts"]
+    assert verify(tmp_path / "out").finished
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
