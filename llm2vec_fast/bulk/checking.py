@@ -26,7 +26,8 @@ def part_fault(path: Path, part: Part, manifest: Manifest) -> str | None:
         size = path.stat().st_size
         if size != part.bytes:
             return f"has {size:,} bytes, not {part.bytes:,}"
-        footer = pq.read_metadata(path)
+        with open(path, "rb") as file:  # pyarrow opens no path that is not UTF-8
+            footer = pq.read_metadata(file)
         schema = footer.schema.to_arrow_schema()
     except FileNotFoundError:
         return "is not there"

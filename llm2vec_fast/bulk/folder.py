@@ -17,6 +17,7 @@ from llm2vec_fast.errors import OutputError
 from llm2vec_fast.jobs.files import LEFTOVERS, is_leftover, remove_leftovers, remove_own
 from llm2vec_fast.jobs.lock import HOLDER, LOCK
 
+NOBODYS = (JOB_FOLDER, ".DS_Store", "Thumbs.db", "desktop.ini", "lost+found")  # what systems put into an empty folder
 TELL_EVERY_SECONDS = 10.0
 SHOWN_FAULTS = 5
 
@@ -30,7 +31,7 @@ def prepare(folder: Path) -> None:
     try:
         if folder.exists() and not (folder / MANIFEST).exists():
             read_manifest(folder)  # of an earlier release: that is said first
-            foreign = sorted(p.name for p in folder.iterdir() if p.name != JOB_FOLDER and not is_leftover(p))
+            foreign = sorted(p.name for p in folder.iterdir() if p.name not in NOBODYS and not is_leftover(p))
             if foreign:
                 raise OutputError(f"{folder} has other files ({foreign[0]}, …): give a new --output folder")
         (folder / JOB_FOLDER).mkdir(parents=True, exist_ok=True)

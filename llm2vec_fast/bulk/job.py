@@ -93,7 +93,7 @@ def embed(
         JobStoppedError: ``stop`` was set.
         UserError: the inputs, the model, the settings or the disk do not allow the job; the message says what to do.
     """
-    stop = stop or threading.Event()
+    stop, folder = stop or threading.Event(), folder.expanduser()
     _require_free_names(settings)
     files = find_inputs(patterns, folder)
     prepare(folder)

@@ -169,7 +169,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             _require_possible(part, len(manifest.environments))
             manifest.parts[part.index] = part
         _require_in_order(manifest)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{path} is damaged ({error}): embed again into a new folder") from error
     return manifest
 
@@ -246,11 +246,11 @@ def _require_settings(settings: EmbedSettings) -> None:
 
 
 def _require_resolved(written: _Written) -> None:
-    """Once there are parts there is a dimension, and no number is below 1."""
+    """Once there are parts there is a dimension, and every number is one that a model can have."""
     if written.parts and "dimension" not in written.resolved:
         raise MistypedError("it has parts and no dimension")
     for name, value in written.resolved.items():
-        if type(value) is int and value < 1:
+        if type(value) is int and not 1 <= value < 2**31:
             raise MistypedError(f"{name} of resolved is {value}")
 
 

@@ -52,6 +52,7 @@ def search(
         ChangedError: the model is not the one that the folder was made with, or is not where it was.
         OutputError: a part is damaged.
     """
+    folder = folder.expanduser()
     manifest = _readable(folder, questions, notify)
     settings = replace(
         with_choices(EmbedSettings.from_json(manifest.settings), manifest.resolved),
@@ -141,8 +142,8 @@ def _slices(folder: Path, manifest: Manifest) -> Iterator[tuple[Part, int, np.nd
 
 def _batches(path: Path, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     try:
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(rows, columns=list(columns))
+        with open(path, "rb") as file:  # pyarrow opens no path that is not UTF-8
+            yield from pq.ParquetFile(file).iter_batches(rows, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise OutputError(f"{path} cannot be read ({reason}): delete it and embed again, it alone is redone") from error

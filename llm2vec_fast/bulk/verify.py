@@ -38,6 +38,7 @@ def verify(folder: Path, *, notify: Callable[[str], None] = lambda sentence: Non
         InputError: the folder was not written by `llm2vec-fast embed`.
         OutputError: its manifest is damaged.
     """
+    folder = folder.expanduser()
     manifest = read_manifest(folder)
     if manifest is None:
         raise InputError(f"{folder} has no {MANIFEST}: give a folder that `llm2vec-fast embed` wrote")

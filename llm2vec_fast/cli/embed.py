@@ -42,8 +42,9 @@ def embed(
     The output folder gets part-00000.parquet, … (id, kept columns, embedding),
     _manifest.json (settings, hashes, checksums) and, for rows that cannot be
     embedded, _errors.jsonl (file, row, id, reason). The job may be stopped at
-    any moment: the same command goes on after the last finished part. Other
-    inputs or settings are refused in the same folder.
+    any moment: the same command goes on after the last finished part, and makes
+    damaged ones again. Other inputs or settings are refused in the same folder,
+    but for --device and --token-budget, which decide no more than last bits.
 
     [bold]Examples[/bold]
 

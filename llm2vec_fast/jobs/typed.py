@@ -61,7 +61,7 @@ def of_type(kind: Any, value: Any, where: str) -> Any:
         return (
             {name: of_type(inner[1], item, f"{name!r} of {where}") for name, item in value.items()} if inner else value
         )
-    if kind is type(value):  # True is no number here
+    if kind is type(value) and (kind is not int or -(2**63) <= value < 2**63):  # True is no number here
         return value
     raise MistypedError(f"{where} is {shown(value)}, not {_name_of(kind)}")
 

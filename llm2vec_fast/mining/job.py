@@ -84,7 +84,7 @@ def mine(
         MiningStoppedError, JobStoppedError: ``stop`` was set.
         UserError: the inputs, the model, the settings or the disk do not allow the job; the message says what to do.
     """
-    stop = stop or threading.Event()
+    stop, output = stop or threading.Event(), output.expanduser()
     if output.suffix.lower() not in WRITERS:
         raise OutputError(f"{output} is of a format that its name does not tell: end it in {' or '.join(WRITERS)}")
     folder = output.with_name(f"{output.name}.mining")
@@ -206,8 +206,8 @@ def _gathered(embeddings: Path, path: Path, count: int) -> np.ndarray:
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     rows[:] = np.nan
     for _, part in manifest.part_paths(embeddings):
-        with pq.ParquetFile(part) as file:
-            for batch in file.iter_batches(QUERIES_AT_ONCE, columns=["id", "embedding"]):
+        with open(part, "rb") as file:  # pyarrow opens no path that is not UTF-8
+            for batch in pq.ParquetFile(file).iter_batches(QUERIES_AT_ONCE, columns=["id", "embedding"]):
                 places = np.array([int(x) for x in batch.column(0).to_pylist()], np.int64)
                 rows[places] = batch.column(1).flatten().to_numpy(zero_copy_only=False).reshape(len(places), -1)
     rows.flush()

@@ -53,6 +53,7 @@ def test_a_first_vector_imports_nothing_that_does_not_make_it() -> None:
         timeout=300,
     )
     assert process.returncode == 0, process.stderr
+    assert "leaked" not in process.stderr
     width, modules = json.loads(process.stdout.splitlines()[-1])
     assert width > 0
     assert "torch" in modules

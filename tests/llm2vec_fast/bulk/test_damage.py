@@ -13,8 +13,10 @@ from fake_encoder import FakeEncoder
 from folders import errors, flip_a_bit, manifest, parts
 
 from llm2vec_fast.bulk import checking
-from llm2vec_fast.bulk.job import Outcome
+from llm2vec_fast.bulk.job import Outcome, embed
 from llm2vec_fast.bulk.manifest import read_manifest
+from llm2vec_fast.bulk.search import search
+from llm2vec_fast.bulk.settings import EmbedSettings
 from llm2vec_fast.bulk.verify import verify
 from llm2vec_fast.errors import InputError, OutputError
 
@@ -191,6 +193,8 @@ def set_in(value: Any, path: str, new: Any) -> None:
         ("settings.token_budget", 0, "token_budget of settings is 0"),
         ("resolved.device_map", "auto", "resolved of it has 'device_map'"),
         ("resolved.dimension", 0, "dimension of resolved is 0"),
+        ("resolved.dimension", 1 << 40, "dimension of resolved is 1099511627776"),
+        ("parts.1.rows", 1 << 70, "rows of an item of parts of it is 1180591620717411303424, not int"),
         ("resolved.dtype", "pickle", "dtype of resolved of it is 'pickle'"),
         ("model.path", None, "path of model is None"),
         ("model.files", [{"path": "x", "sha256": 1}], "sha256 of model is 1"),
@@ -216,6 +220,43 @@ def test_a_line_of_the_journal_that_says_what_none_can_is_named(run: Run, lines:
     (tmp_path / "out" / ".job" / "parts.jsonl").write_text(json.dumps(part | {"name": "../x.parquet"}) + "\n")
     with pytest.raises(OutputError, match=r"name of part 1 is '\.\./x\.parquet'"):
         run(lines)
+
+
+def test_a_folder_whose_name_is_no_utf8_is_written_checked_mended_and_searched(
+    run: Run, lines: Path, tmp_path: Path
+) -> None:
+    out = os.fsdecode(b"caf\xe9")
+    run(lines, output=out)
+    (tmp_path / out / "part-00001.parquet").unlink()
+    run(lines, output=out)
+    assert not verify(tmp_path / out).faults
+    assert search(tmp_path / out, ["number 7"], load=lambda settings: FakeEncoder())[0]
+
+
+def test_a_tilde_is_the_home_folder(run: Run, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in --output=~/vectors, which no shell expands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run(lines)
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    settings = EmbedSettings(model=str(tmp_path / "model"), rows_per_shard=10)
+    assert embed([str(lines)], Path("~/out"), settings, load=lambda settings: FakeEncoder()).rows_now == 8
+    assert not verify(Path("~/out")).faults
+    assert search(Path("~/out"), ["number 7"], load=lambda settings: FakeEncoder())[0]
+
+
+def test_what_a_system_puts_into_an_empty_folder_is_nobodys(run: Run, lines: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "lost+found").mkdir(parents=True)
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"")
+    assert run(lines).rows == 39
+
+
+def test_a_manifest_that_nests_too_deep_is_damaged(run: Run, lines: Path, tmp_path: Path) -> None:
+    run(lines)
+    (tmp_path / "out" / "_manifest.json").write_text("[" * 100_000)
+    with pytest.raises(OutputError, match=r"_manifest\.json is damaged"):
+        verify(tmp_path / "out")
 
 
 def test_verify_names_a_part_that_is_none(run: Run, lines: Path, tmp_path: Path) -> None:
