@@ -167,8 +167,12 @@ def test_a_default_spelt_out_is_no_change(run: Run, lines: Path) -> None:
 
 def test_another_model_tokenizer_or_adapter_is_refused(run: Run, lines: Path, model: Path) -> None:
     stop_in_part(run, 3, lines)
+    adapter = model.parent / "adapter"
+    adapter.mkdir()
+    for name, content in {"adapter_config.json": "{}", "adapter_model.safetensors": "weights"}.items():
+        (adapter / name).write_text(content)
     with pytest.raises(ChangedError, match="adapter none -> "):
-        run(lines, adapter=str(model), load=never_load)
+        run(lines, adapter=str(adapter), load=never_load)
     (model / "tokenizer.json").write_text('{"other": 1}')
     with pytest.raises(ChangedError, match=r"something else: tokenizer .*sha256 .* -> .*sha256 "):
         run(lines, load=never_load)
