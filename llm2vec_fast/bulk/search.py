@@ -146,7 +146,7 @@ def _batches(path: Path, rows: int, columns: Sequence[str]) -> Iterator[pa.Recor
             yield from pq.ParquetFile(file).iter_batches(rows, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise OutputError(f"{path} cannot be read ({reason}): delete it and embed again, it alone is redone") from error
+        raise OutputError(f"{path} cannot be read ({reason}): its embed command makes it again, alone") from error
 
 
 def _fetch(
