@@ -93,7 +93,7 @@ def padded_sorted(folder: str, texts: list[str]) -> Callable[[], np.ndarray]:
 def products(folder: str, texts: list[str]) -> Callable[[], np.ndarray]:
     """The limit: the products of every layer, with F.linear, at the shapes of our batches, and nothing else."""
     from llm2vec_fast import LLM2Vec
-    from llm2vec_fast.batching import plan_batches
+    from llm2vec_fast.engine.plan import plan_batches
 
     encoder = LLM2Vec.from_pretrained(folder, dtype=torch.bfloat16, max_length=MAX_LENGTH, doc_max_length=MAX_LENGTH)
     lengths = token_counts(encoder, texts)

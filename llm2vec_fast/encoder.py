@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,27 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .acceleration import accelerate as accelerate_model
-from .acceleration import restore
-from .batching import default_token_budget
 from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional
+from .engine.describe import describe
+from .engine.locks import ModelLock, lock_of
+from .engine.network import Network, hidden_states, pooled
+from .engine.plan import default_token_budget
+from .engine.replica import Replica
+from .engine.request import (
+    OnBatch,
+    OnProblem,
+    Request,
+    TokenEmbeddings,
+    as_asked,
+    checked_device,
+    checked_width,
+    one_of,
+)
+from .engine.stream import Task, encode_pairs, progress
+from .errors import UserError
 from .kernels.layout import SequenceLayout
-from .kernels.pooling import POOLING_MODES, pool
+from .kernels.pooling import POOLING_MODES
 from .loading import SETTINGS_FILE, best_device, load, merged
-from .pipeline import OnBatch, Request, TokenEmbeddings, encode_pairs, progress
 from .precision import choose_dtype
 from .prompts import CHECKPOINTS, as_pairs, find_template
 from .saving import keep_published_name, write_json, written_beside
@@ -61,6 +74,7 @@ class LLM2Vec(nn.Module):
         accelerate: bool = True,
     ) -> None:
         super().__init__()
+        self.training = model.training
         if pooling_mode not in POOLING_MODES:
             raise ValueError(f"pooling_mode={pooling_mode!r} is unknown: choose one of {', '.join(POOLING_MODES)}")
         config = decoder_of(model).config
@@ -76,7 +90,7 @@ class LLM2Vec(nn.Module):
         self.checkpoint = checkpoint or str(getattr(config, "_name_or_path", ""))
         self._token_budget = token_budget
         self.accelerate = accelerate
-        self._accelerated = False
+        self._replica: Replica | None = None
         self.text_tokenizer()  # refuses unusable settings now, not at the first text
 
     @classmethod
@@ -169,15 +183,19 @@ class LLM2Vec(nn.Module):
         self._token_budget = value
 
     def train(self, mode: bool = True) -> LLM2Vec:
-        """Switch between training and use; training runs on the plain modules, which optimisers know."""
-        if mode:
-            self._set_accelerated(False)
+        """Switch between training and use of `forward`; `encode` needs no switch. Going into training frees memory."""
+        if mode and not self.training:
+            self._replica = None
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LLM2Vec:
-        """Behind to(), float(), cuda() and the like: what was packed for the old weights is of no use to the new."""
-        self._set_accelerated(False)
-        return super()._apply(fn, recurse)
+        """Behind to(), float(), cuda() and the like: waits until no `encode` runs in another thread."""
+        with self._lock.change("to()"):
+            self._replica = None
+            return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_replica": None}
 
     def forward(
         self, input_ids: Tensor | Mapping[str, Tensor], layout: SequenceLayout | None = None, skip: Tensor | None = None
@@ -200,16 +218,13 @@ class LLM2Vec(nn.Module):
             layout = SequenceLayout.from_shape(*input_ids.shape, device=input_ids.device)
         return self.pool(self.hidden_states(input_ids, layout), layout, skip)
 
-    def hidden_states(self, input_ids: Tensor, layout: SequenceLayout, model: nn.Module | None = None) -> Tensor:
-        """Last hidden state (rows, d) of ids (B, S), or of a packed (1, T), by this model or a copy of it."""
-        model = self.model if model is None else model
-        decoder = model if isinstance(model, PeftModel) else decoder_of(model)
-        return decoder(input_ids=input_ids, layout=layout, use_cache=False).last_hidden_state.flatten(0, 1)
+    def hidden_states(self, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
+        """Last hidden state (rows, d) of ids (B, S), or of a packed (1, T)."""
+        return hidden_states(self.model, input_ids, layout)
 
     def pool(self, hidden: Tensor, layout: SequenceLayout, skip: Tensor | None = None) -> Tensor:
         """Pool token rows (rows, d) into (N, d) by this encoder's mode."""
-        first = POOLING_MODES[self.pooling_mode] == "first"
-        return pool(hidden, layout, self.pooling_mode, None if first else skip)
+        return pooled(hidden, layout, self.pooling_mode, skip)
 
     def text_tokenizer(self) -> TextTokenizer:
         """What turns (instruction, text) pairs into ids, by the settings as they are now."""
@@ -264,16 +279,22 @@ class LLM2Vec(nn.Module):
         token_budget: int | None = None,
         on_batch: OnBatch | None = None,
         non_finite: str = "raise",
+        on_problem: OnProblem | None = None,
     ) -> Tensor | np.ndarray | TokenEmbeddings | list[TokenEmbeddings]:
         """Embed texts. What a text's embedding is does not depend on the texts beside it.
 
+        Any number of threads may call this on one encoder. It computes without dropout and without gradients whatever
+        mode the model is in, and changes neither that nor anything else of the model: a model in training goes on as
+        before. Changes of the encoder (`to`, a merging `save`) wait for calls that have begun. Where memory runs out on
+        a forward pass, its texts go in smaller ones.
+
         Args:
             sentences: a text, texts, or [instruction, text] pairs.
-            batch_size: accepted for compatibility and ignored: batches are made by ``token_budget``.
+            batch_size: not used, as a warning says: batches are made by ``token_budget``.
             show_progress_bar: show one on standard error.
             convert_to_numpy: return NumPy arrays instead of tensors.
-            convert_to_tensor: accepted for compatibility: tensors are what comes back otherwise.
-            device: move the model there first.
+            convert_to_tensor: False means NumPy arrays, too.
+            device: move the model there first. One device: for several start a process each.
             instruction: put before every text of ``sentences``, which are then plain strings.
             normalize: give every embedding length 1.
             truncate_dim: keep the first columns only; before ``normalize``.
@@ -282,6 +303,9 @@ class LLM2Vec(nn.Module):
             on_batch: called after each forward pass with its rows, its tokens, and its tokens with padding.
             non_finite: what to do with a text whose embedding holds NaN or infinity, in float32 too: "raise", or
                 "keep" its row as NaN.
+            on_problem: called at the end with the place and the reason of each text that cannot be embedded: one not
+                finite, one with a token that the model's embedding has no row for, one too long for the memory there
+                is. Its row is NaN. Without it the first such text is an error.
 
         Returns:
             (N, d) float32 on the CPU, rows in the order of ``sentences``; (d,) for a single text. With
@@ -290,42 +314,68 @@ class LLM2Vec(nn.Module):
 
         Raises:
             TypeError: an item is neither a string nor a pair of strings.
-            UserError: an instruction fills all of ``max_length``.
+            UserError: an instruction fills all of ``max_length``; a text cannot be embedded (see ``on_problem``); the
+                device is not there, or more than one; called again from ``on_batch`` with another device.
             NonFiniteEmbeddingError: see ``non_finite``.
         """
         single = isinstance(sentences, str)
         pairs = as_pairs([sentences] if single else sentences, instruction)
-        if output not in ("embeddings", "tokens"):
-            raise ValueError(f"output={output!r} is unknown: choose embeddings or tokens")
-        if non_finite not in ("raise", "keep"):
-            raise ValueError(f"non_finite={non_finite!r} is unknown: choose raise or keep")
-        if truncate_dim is not None and not 1 <= truncate_dim <= self.dimension:
-            raise ValueError(f"truncate_dim={truncate_dim} is not between 1 and the model's {self.dimension} columns")
         if device is not None:
-            self.to(device)
+            self._move(device)
         request = Request(
-            tokens=output == "tokens",
+            tokens=one_of("output", output, ("embeddings", "tokens")) == "tokens",
             skip_prompt=self.skip_instruction,
             normalize=normalize,
-            truncate_dim=truncate_dim,
+            width=checked_width(truncate_dim, self.dimension),
             token_budget=token_budget or self.token_budget,
-            keep_non_finite=non_finite == "keep",
+            keep_non_finite=one_of("non_finite", non_finite, ("raise", "keep")) == "keep",
+            as_arrays=convert_to_numpy or not convert_to_tensor,
         )
-        with self._encoding(), progress(len(pairs), show_progress_bar, on_batch) as report:
-            rows = encode_pairs(self, pairs, request, report)
-        wrap = (lambda array: array) if convert_to_numpy else torch.from_numpy
-        if request.tokens:
-            texts = [TokenEmbeddings(wrap(row.values), wrap(row.offsets), wrap(row.ids)) for row in rows]
-            return texts[0] if single else texts
-        width = truncate_dim or self.dimension
-        embeddings = wrap(np.stack([row.values for row in rows]) if rows else np.empty((0, width), np.float32))
-        return embeddings[0] if single else embeddings
+        if batch_size is not None:
+            warnings.warn(
+                f"batch_size={batch_size} is not used: batches are made of token_budget={request.token_budget} tokens,"
+                " pass a smaller one to save memory",
+                stacklevel=2,
+            )
+        with self._lock.use(), progress(len(pairs), show_progress_bar, on_batch) as report:
+            rows = encode_pairs(self._task(request, report), pairs, on_problem)
+        results = as_asked(rows, request)
+        return results[0] if single else results
 
-    def float32_copy(self) -> nn.Module:
-        """A copy of the decoder in float32, on the same device."""
-        wide = copy.deepcopy(self.model)
-        restore(wide)
-        return wide.float().eval()
+    def describe(self) -> dict[str, str | int]:
+        """What the last bits of embeddings depend on here beside the model, the texts and the settings."""
+        with self._lock.use():
+            return describe(self._current_replica(), self.device)
+
+    @property
+    def _lock(self) -> ModelLock:
+        return lock_of(decoder_of(self.model))
+
+    def _move(self, device: str | torch.device) -> None:
+        wanted = checked_device(device)
+        if wanted.type != self.device.type or wanted.index not in (None, self.device.index):
+            self.to(wanted)
+
+    def _task(self, request: Request, on_batch: OnBatch) -> Task:
+        """All that a call needs, as it is now: what other threads set meanwhile does not reach in."""
+        network = Network(self._current_replica().model, self.model, self.pooling_mode)
+        cores = torch.get_num_threads() if self.device.type == "cpu" else 1
+        return Task(network, self.text_tokenizer(), request, on_batch, self.tokenizer.convert_ids_to_tokens, cores)
+
+    def _current_replica(self) -> Replica:
+        """What `encode` runs, made at the first call and again where the model is no longer what it was."""
+        decoder = decoder_of(self.model)
+        if decoder.config._attn_implementation != ATTENTION_NAME:  # another would look across the texts of a batch
+            raise UserError(
+                f"{type(decoder).__name__} no longer runs this library's attention but "
+                f"{decoder.config._attn_implementation!r}: call make_bidirectional(model) again"
+            )
+        with self._lock.making:
+            replica = self._replica
+            if replica is None or not replica.is_current(self.model, self.accelerate):
+                replica = self._replica = Replica(self.model, self.accelerate, before=replica)
+        replica.require_evaluation_mode()
+        return replica
 
     def save(self, output_path: str | Path, merge_before_save: bool = False, save_config: bool = True) -> None:
         """Write the model, its tokenizer and llm2vec_config.json into a folder, whole or not at all.
@@ -338,10 +388,10 @@ class LLM2Vec(nn.Module):
             merge_before_save: merge the adapter into the weights first, for good.
             save_config: write the encoder's settings as llm2vec_config.json.
         """
-        self._set_accelerated(False)
         if merge_before_save and isinstance(self.model, PeftModel):
-            self.model = merged(self.model)
-        with written_beside(output_path) as folder:
+            with self._lock.change("save()"):
+                self.model = merged(self.model)
+        with self._lock.use(), written_beside(output_path) as folder:
             self.model.save_pretrained(folder)
             tokenizer = copy.copy(self.tokenizer)
             tokenizer.chat_template = None  # sentence-transformers would wrap every text in it; an encoder never chats
@@ -371,22 +421,3 @@ class LLM2Vec(nn.Module):
         if embed_mask is None or not self.skip_instruction:
             return ids, layout, None
         return ids, layout, layout.lengths - embed_mask.sum(1)
-
-    @contextmanager
-    def _encoding(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, fused operations; the training mode comes back afterwards."""
-        was_training = self.training
-        self.eval()
-        self._set_accelerated(self.accelerate)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            self.train(was_training)
-
-    def _set_accelerated(self, wanted: bool) -> None:
-        if wanted and not self._accelerated:
-            accelerate_model(self.model)
-        elif self._accelerated and not wanted:
-            restore(self.model)
-        self._accelerated = wanted

@@ -1,16 +1,32 @@
-"""Memory that a process can give back without losing anything."""
+"""How much memory there is, and what of it a process can give back without losing anything."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import sys
+from pathlib import Path
 
 import numpy as np
+import psutil
 from torch import Tensor
 
 # Bits of an entry of /proc/self/pagemap (Linux, Documentation/admin-guide/mm/pagemap.rst)
 _PRESENT, _SWAPPED, _OF_A_FILE = 63, 62, 61
+# What a container may use, by the control groups' second and first version.
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def total_memory() -> int:
+    """Bytes of memory that this machine has, or that its container may use; free or not."""
+    return min([psutil.virtual_memory().total, *(limit for limit in map(_limit, _LIMITS) if limit)])
+
+
+def _limit(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # "max" is no limit
+        return None
 
 
 def release_file_pages(tensor: Tensor) -> int:

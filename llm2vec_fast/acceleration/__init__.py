@@ -12,6 +12,7 @@ adapters go on working. What a module computes is compared with our formula firs
 from __future__ import annotations
 
 import logging
+import threading
 
 from torch import nn
 
@@ -22,11 +23,12 @@ from .lora import fuse_lora
 from .loss import fuse_loss
 from .norm import fuse_norms
 from .rotary import fuse_rotary
-from .swapping import Acceleration, unswap
+from .swapping import ACCELERATION, Acceleration, unswap
 
 __all__ = ["Acceleration", "accelerate", "restore"]
 
 logger = logging.getLogger(__name__)
+_LOCK = threading.RLock()  # classes change one model at a time, whichever threads ask
 
 
 def accelerate(
@@ -39,8 +41,11 @@ def accelerate(
     *,
     linear: bool = True,
     lora: bool = True,
+    owner: str = ACCELERATION,
 ) -> Acceleration:
     """Make a model's training and use faster and leaner, in place; `restore` undoes it.
+
+    Called again it does the same anew, with the parts asked for then. No other thread may run the model meanwhile.
 
     Outputs and gradients stay as exact as the stock model's, before or after an adapter is put on, under activation
     checkpointing and torch.compile. What `save_pretrained` writes has the same keys.
@@ -55,23 +60,25 @@ def accelerate(
             which costs what it did.
         linear: on a CPU, in evaluation mode without gradients, run linear layers on packed weights. They are copies:
             they take the memory of the layers' weights once more, unless those lie in a file that can be read again,
-            and are left out where they would exceed a quarter of the memory that is free. After writing to a weight
-            through ``.data``, call this again.
+            and are left out where they would exceed a quarter of the machine's (or container's) memory. After writing
+            to a few elements of a weight through ``.data``, which leaves no trace, call this again.
         lora: where peft trains one plain adapter on a frozen linear layer, run both in one operation, the adapter's
             products in the layer's dtype as under autocast; without it they run in the adapter's own.
+        owner: who asks. What one owner swapped no other's `restore` takes away.
 
     Returns:
         What was swapped, and what was left alone and why; the same is logged.
     """
-    restore(model)
-    report = Acceleration()
     parts = {
         pack_linears: linear, fuse_gated_mlps: swiglu, fuse_norms: norm, fuse_rotary: rotary, swap_attention: attention,
         fuse_loss: loss, fuse_lora: lora,
     }  # fmt: skip
-    for swap_part, wanted in parts.items():
-        if wanted:
-            swap_part(model, report)
+    report = Acceleration(owner=owner)
+    with _LOCK:
+        restore(model, owner=owner)
+        for swap_part, wanted in parts.items():
+            if wanted:
+                swap_part(model, report)
     for part, wanted in {"swiglu": swiglu, "norm": norm, "rotary": rotary}.items():
         if wanted and part not in report.swapped:
             report.left.setdefault(part, "no module here computes it in a form that is known")
@@ -79,8 +86,9 @@ def accelerate(
     return report
 
 
-def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every module is of its stock class again, and the packed weights are freed."""
-    for module in model.modules():
-        restore_attention(module)
-        unswap(module)
+def restore(model: nn.Module, *, owner: str = ACCELERATION) -> None:
+    """Undo the owner's `accelerate`: its swaps go, and packed weights that no other owner uses are freed."""
+    with _LOCK:
+        for module in model.modules():
+            restore_attention(module, owner)
+            unswap(module, owner)

@@ -14,7 +14,7 @@ from ..bidirectional import (
 )
 from .swapping import Acceleration
 
-_BEFORE = "_before_attention"
+_BEFORE = "_before_attention"  # what was there, and the owners that want ours
 
 
 def swap_attention(model: nn.Module, report: Acceleration) -> None:
@@ -24,16 +24,21 @@ def swap_attention(model: nn.Module, report: Acceleration) -> None:
         config, before = decoder.config, attention_of(decoder)
         if config._attn_implementation == ATTENTION_NAME:
             report.left["attention"] = "it runs our attention already"
+            if _BEFORE in decoder.__dict__:
+                decoder.__dict__[_BEFORE][1].add(report.owner)
             return
         make_bidirectional(model, enabled=not getattr(config, "is_causal", True))
     except UnsupportedModelError as error:
         report.left["attention"] = str(error)
         return
-    decoder.__dict__[_BEFORE] = before
+    decoder.__dict__[_BEFORE] = (before, {report.owner})
     report.count("attention")
 
 
-def restore_attention(module: nn.Module) -> None:
-    """Undo `swap_attention`, where it was done."""
-    if _BEFORE in module.__dict__:
-        put_back_attention(module, module.__dict__.pop(_BEFORE))
+def restore_attention(module: nn.Module, owner: str) -> None:
+    """Undo `swap_attention`, where it was done and no other owner wants it."""
+    before, owners = module.__dict__.get(_BEFORE, (None, set()))
+    owners.discard(owner)
+    if before is not None and not owners:
+        del module.__dict__[_BEFORE]
+        put_back_attention(module, before)

@@ -11,7 +11,7 @@ from ..kernels import swiglu
 from ..kernels.linear import ACTIVATIONS
 from ..kernels.swiglu import ACTIVATIONS as FUSED_ACTIVATIONS
 from .linear import PackedLinear
-from .swapping import Acceleration, is_replaced, swap
+from .swapping import Acceleration, is_replaced, stock_class, swap
 
 
 class FusedGatedMLP(nn.Module):
@@ -45,14 +45,15 @@ def fuse_gated_mlps(model: nn.Module, report: Acceleration) -> None:
         parts = {name for name, _ in module.named_children()}
         if parts not in (_SEPARATE, _JOINT):
             continue
-        name, act_fn = type(module).__name__, module.act_fn if parts == _SEPARATE else module.activation_fn
+        name, act_fn = stock_class(module).__name__, module.act_fn if parts == _SEPARATE else module.activation_fn
         activation = _activation_name(act_fn)
         if activation is None:
             report.left[name] = f"its activation {type(act_fn).__name__} has no fused form"
-        elif is_replaced(module) or not _computes_gated_mlp(type(module), act_fn, activation):
+        elif is_replaced(module) or not _computes_gated_mlp(stock_class(module), act_fn, activation):
             report.left[name] = "it computes something else than down(act(gate(x)) * up(x))"
         else:
-            swap(module, FusedGatedMLP if parts == _SEPARATE else FusedJointGatedMLP, _activation=activation)
+            fused = FusedGatedMLP if parts == _SEPARATE else FusedJointGatedMLP
+            swap(module, fused, owner=report.owner, _activation=activation)
             report.count("swiglu")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.lora import lora_linear
 from .linear import PackedLinear
-from .swapping import Acceleration, is_replaced, swap
+from .swapping import Acceleration, is_replaced, stock_class, swap
 
 
 class LeanLoraLinear(LoraLinear):
@@ -38,8 +38,8 @@ class LeanLoraLinear(LoraLinear):
 def fuse_lora(model: nn.Module, report: Acceleration) -> None:
     """Swap every LoRA layer of a linear one."""
     for module in model.modules():
-        if type(module) is LoraLinear and not is_replaced(module):
-            swap(module, LeanLoraLinear)
+        if stock_class(module) is LoraLinear and not is_replaced(module):
+            swap(module, LeanLoraLinear, owner=report.owner)
             report.count("lora")
 
 

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..kernels.cross_entropy import CrossEntropy, linear_cross_entropy
-from .swapping import Acceleration, is_replaced, subclass, swap
+from .swapping import Acceleration, is_replaced, stock_class, subclass, swap
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +68,15 @@ def fuse_loss(model: nn.Module, report: Acceleration) -> None:
     for module in heads:
         problem = _problem(module)
         if problem is None:
-            swap(module, with_our_loss(type(module)))
-            swap(module.lm_head, LossHead)
+            swap(module, with_our_loss, owner=report.owner)
+            swap(module.lm_head, LossHead, owner=report.owner)
             report.count("loss")
         else:
-            report.left["loss"] = f"{type(module).__name__} {problem}"
+            report.left["loss"] = f"{stock_class(module).__name__} {problem}"
 
 
 def _problem(module: PreTrainedModel) -> str | None:
-    names = set(inspect.unwrap(type(module).forward).__code__.co_names)
+    names = set(inspect.unwrap(stock_class(module).forward).__code__.co_names)
     if is_replaced(module):
         return "has its forward method replaced on the instance"
     if not names >= _NEEDED_NAMES or not names <= _KNOWN_NAMES:
@@ -121,7 +121,7 @@ def with_our_loss(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             return with_scores(outputs, labels, **kwargs) if output_scores else outputs
         return _with_loss(self, labels, output_scores, **batch)
 
-    return subclass(stock, forward, with_our_loss)
+    return subclass(stock, forward)
 
 
 def _obstacle(module: PreTrainedModel) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import rms_norm
-from .swapping import Acceleration, is_replaced, swap
+from .swapping import Acceleration, is_replaced, stock_class, swap
 
 
 class FusedRMSNorm(nn.Module):
@@ -24,19 +24,19 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:  # which of the two the result has depends on the module
-            return self._stock_class.forward(self, x)
+            return stock_class(self).forward(self, x)
         eps, offset = self._norm
         return rms_norm(x, self.weight, eps, offset=offset)
 
 
 def fuse_norms(model: nn.Module, report: Acceleration) -> None:
     """Swap every module called RMSNorm that computes one."""
-    for module in [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]:
+    for module in [m for m in model.modules() if stock_class(m).__name__.endswith("RMSNorm")]:
         form = None if is_replaced(module) else _form(module)
         if form is None:
-            report.left[type(module).__name__] = "it computes something else than x / rms(x) * weight"
+            report.left[stock_class(module).__name__] = "it computes something else than x / rms(x) * weight"
         else:
-            swap(module, FusedRMSNorm, _norm=form)
+            swap(module, FusedRMSNorm, owner=report.owner, _norm=form)
             report.count("norm")
 
 
@@ -48,8 +48,12 @@ def _form(module: nn.Module) -> tuple[float, float] | None:
     if eps is None or weight is None or weight.ndim != 1:
         return None
     wide = copy.deepcopy(module).float()
-    x = torch.linspace(-2, 3, weight.shape[0], device=weight.device)[None]
+    x = torch.linspace(-2, 3, weight.shape[0], dtype=torch.float32, device=weight.device)[None]
     for offset in (0.0, 1.0):
-        if torch.allclose(wide(x), rms_norm(x, wide.weight, eps, offset=offset, backend="reference"), rtol=1e-5):
+        if torch.allclose(
+            stock_class(wide).forward(wide, x),
+            rms_norm(x, wide.weight, eps, offset=offset, backend="reference"),
+            rtol=1e-5,
+        ):
             return eps, offset
     return None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..kernels import rotary
-from .swapping import Acceleration, is_replaced, subclass, swap
+from .swapping import Acceleration, is_replaced, stock_class, subclass, swap
 
 _NAME = "apply_rotary_pos_emb"  # how transformers' modelling files call it, all of them
 
@@ -18,15 +18,15 @@ _NAME = "apply_rotary_pos_emb"  # how transformers' modelling files call it, all
 def fuse_rotary(model: nn.Module, report: Acceleration) -> None:
     """Swap every module whose code calls transformers' rotary function, if that pairs columns as ours does."""
     for module in list(model.modules()):
-        forward = inspect.unwrap(type(module).forward)
+        forward = inspect.unwrap(stock_class(module).forward)
         if _NAME not in getattr(getattr(forward, "__code__", None), "co_names", ()):
             continue
         if is_replaced(module):
-            report.left[type(module).__name__] = "its forward method was replaced on the instance"
+            report.left[stock_class(module).__name__] = "its forward method was replaced on the instance"
         elif not _turns_halves(forward.__globals__[_NAME]):
-            report.left[type(module).__name__] = "its rotary embedding pairs columns in another way"
+            report.left[stock_class(module).__name__] = "its rotary embedding pairs columns in another way"
         else:
-            swap(module, with_our_rotary(type(module)))
+            swap(module, with_our_rotary, owner=report.owner)
             report.count("rotary")
 
 
@@ -39,7 +39,7 @@ def with_our_rotary(stock: type[nn.Module]) -> type[nn.Module]:
     del names["__name__"]
     ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
-    return subclass(stock, ours, with_our_rotary)
+    return subclass(stock, ours)
 
 
 @torch.no_grad()

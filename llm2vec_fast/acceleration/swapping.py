@@ -1,7 +1,9 @@
 """A module changes its class, on the instance, and back; and the report of what did and what did not.
 
+A swap has an owner ("acceleration", "training", …). Owners do not know of each other: a module holds the swaps of all,
+its class is its stock class with these applied in order, and one owner taking its own away leaves the others' in place.
 A swapped module keeps its parameters, its state dict, its hooks and its place in the model. Copies and pickles keep the
-swap: classes made at run time are made again where they are needed.
+swaps: classes made at run time are made again where they are needed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from types import FunctionType
 
 from torch import nn
 
-_STOCK, _ADDED = "_stock_class", "_added_state"
+ACCELERATION = "acceleration"  # the owner of what `accelerate` swaps unless told otherwise
+Make = Callable[[type[nn.Module]], type[nn.Module]]
+_STOCK, _SWAPS = "_stock_class", "_swaps"
 
 
 @dataclass
@@ -21,6 +25,7 @@ class Acceleration:
 
     swapped: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    owner: str = ACCELERATION
 
     def count(self, part: str) -> None:
         """One more module of this part is swapped."""
@@ -32,18 +37,36 @@ class Acceleration:
         return f"swapped {swapped}; left {left}"
 
 
-def swap(module: nn.Module, swapped: type[nn.Module], **state: object) -> None:
-    """Make ``module`` an instance of ``swapped``; ``state`` becomes attributes that go again with `unswap`."""
-    module.__dict__.update({_STOCK: type(module), _ADDED: tuple(state), **state})
-    module.__class__ = swapped
+@dataclass(frozen=True)
+class _Swap:
+    """``make`` is a class that replaces any, or makes one from a class."""
+
+    owner: str
+    make: Make | type[nn.Module]
+    state: dict[str, object]
 
 
-def unswap(module: nn.Module) -> None:
-    """Undo `swap`, where it was done."""
-    if _STOCK in module.__dict__:
-        module.__class__ = module.__dict__.pop(_STOCK)
-        for name in module.__dict__.pop(_ADDED):
-            module.__dict__.pop(name, None)
+def swap(module: nn.Module, make: Make | type[nn.Module], *, owner: str, **state: object) -> None:
+    """Let ``module`` be of the class ``make``, or of what ``make`` makes of its class, until the owner's `unswap`.
+
+    Done again by the same owner it changes nothing but ``state``: attributes of the module that go with the swap.
+    """
+    module.__dict__.setdefault(_STOCK, type(module))
+    before = module.__dict__.get(_SWAPS, ())
+    _set(module, (*(s for s in before if (s.owner, s.make) != (owner, make)), _Swap(owner, make, state)))
+
+
+def unswap(module: nn.Module, owner: str) -> None:
+    """Undo what this owner swapped, and nothing else."""
+    swaps = module.__dict__.get(_SWAPS, ())
+    kept = tuple(s for s in swaps if s.owner != owner)
+    if len(kept) < len(swaps):
+        _set(module, kept)
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has without any swap."""
+    return module.__dict__.get(_STOCK, type(module))
 
 
 def is_replaced(module: nn.Module) -> bool:
@@ -51,16 +74,36 @@ def is_replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__
 
 
-def subclass(stock: type[nn.Module], forward: FunctionType, make: Callable[[type], type]) -> type[nn.Module]:
-    """``stock`` with another forward method, under its own name; ``make(stock)`` is what makes it again."""
+def subclass(stock: type[nn.Module], forward: FunctionType) -> type[nn.Module]:
+    """``stock`` with another forward method, under its own name, for what a swap makes."""
 
     def reduce(module: nn.Module) -> tuple:
-        return _new, (make, module.__dict__[_STOCK]), module.__dict__
+        makes = tuple(s.make for s in module.__dict__[_SWAPS])
+        return _new, (module.__dict__[_STOCK], makes), module.__dict__
 
     names = {"forward": forward, "__reduce__": reduce, "__module__": stock.__module__, "__doc__": stock.__doc__}
     return type(stock.__name__, (stock,), names)
 
 
-def _new(make: Callable[[type], type], stock: type[nn.Module]) -> nn.Module:
-    swapped = make(stock)
+def _set(module: nn.Module, swaps: tuple[_Swap, ...]) -> None:
+    stale = {name for s in module.__dict__.get(_SWAPS, ()) for name in s.state}
+    fresh = {name: value for s in swaps for name, value in s.state.items()}
+    module.__dict__.update(fresh)  # before the class: a call in another thread may need it
+    module.__class__ = _class_of(module.__dict__[_STOCK], tuple(s.make for s in swaps))
+    for name in stale - set(fresh):
+        module.__dict__.pop(name, None)
+    if swaps:
+        module.__dict__[_SWAPS] = swaps
+    else:
+        del module.__dict__[_SWAPS], module.__dict__[_STOCK]
+
+
+def _class_of(stock: type[nn.Module], makes: tuple[Make | type[nn.Module], ...]) -> type[nn.Module]:
+    for make in dict.fromkeys(makes):
+        stock = make if isinstance(make, type) else make(stock)
+    return stock
+
+
+def _new(stock: type[nn.Module], makes: tuple[Make | type[nn.Module], ...]) -> nn.Module:
+    swapped = _class_of(stock, makes)
     return swapped.__new__(swapped)

@@ -28,6 +28,7 @@ from llm2vec_fast.kernels.pooling import POOLING_MODES, pool
 from llm2vec_fast.training.packing import filled
 
 LOG_SCALE = "log_scale"  # the decoder's parameter
+TRAINING = "training"  # the owner of what training swaps
 
 
 class Embedded(NamedTuple):
@@ -40,7 +41,7 @@ class Embedded(NamedTuple):
 def embedding_model(model: nn.Module, pooling_mode: str, token_budget: int | None, scale: float | None = None) -> None:
     """Let a model's forward pass take ``embed=True`` with ``layout`` and perhaps ``skip``, and return `Embedded`.
 
-    Without it the model does what it did: `LLM2Vec(model, tokenizer, accelerate=False)` encodes with it meanwhile.
+    Without it the model does what it did: `LLM2Vec(model, tokenizer)` encodes with it meanwhile.
 
     Args:
         model: a bidirectional decoder, bare or in a peft model; changed in place.
@@ -52,7 +53,7 @@ def embedding_model(model: nn.Module, pooling_mode: str, token_budget: int | Non
     if scale is not None:
         start = torch.tensor([float(scale)]).log()  # one number in a row: FSDP shards no scalar
         decoder.register_parameter(LOG_SCALE, nn.Parameter(start.to(decoder.device)))
-    swap(decoder, _embedding(type(decoder)), _pooling_mode=pooling_mode, _token_budget=token_budget)
+    swap(decoder, _embedding, owner=TRAINING, _pooling_mode=pooling_mode, _token_budget=token_budget)
 
 
 @cache
@@ -64,7 +65,7 @@ def _embedding(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             return stock.forward(self, **batch)
         return _embedded(self, partial(stock.forward, self), skip, **batch)
 
-    return subclass(stock, forward, _embedding)
+    return subclass(stock, forward)
 
 
 def _embedded(

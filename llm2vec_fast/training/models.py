@@ -23,6 +23,7 @@ from llm2vec_fast.loading import base_of, best_device, is_adapter, load, merged,
 from llm2vec_fast.precision import choose_dtype
 from llm2vec_fast.training.adapters import Update, update_of
 from llm2vec_fast.training.arguments import LORA_TARGETS, StageArguments
+from llm2vec_fast.training.embedding import TRAINING
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
         model = _adapted(model, arguments)
     if arguments.lora_r and arguments.gradient_checkpointing:
         model.enable_input_require_grads()
-    accelerate(model)
+    accelerate(model, owner=TRAINING)
     return StageModel(model, loaded.tokenizer, loaded.checkpoint, updates)
 
 

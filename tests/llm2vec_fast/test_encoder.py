@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
 from llm2vec_fast import LLM2Vec
-from llm2vec_fast.batching import default_token_budget
+from llm2vec_fast.engine.plan import default_token_budget
 from llm2vec_fast.errors import NonFiniteEmbeddingError
 from llm2vec_fast.kernels import SequenceLayout
 

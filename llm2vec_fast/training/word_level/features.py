@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llm2vec_fast.encoder import LLM2Vec
-from llm2vec_fast.pipeline import TokenEmbeddings
+from llm2vec_fast.engine.request import TokenEmbeddings
 
 _AT_ONCE = 1024  # sentences that are embedded together; what they make is all that is held in memory
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm2vec_fast.batching import even_budget, plan_batches
+from llm2vec_fast.engine.plan import even_budget, plan_batches
 
 
 @given(st.lists(st.integers(0, 300), max_size=200), st.integers(1, 500))
