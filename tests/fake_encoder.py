@@ -47,7 +47,7 @@ class FakeEncoder:
         truncate_dim: int | None = None,
         convert_to_numpy: bool = True,
         on_batch: Callable[[int, int, int], None] | None = None,
-        non_finite: str = "raise",
+        on_problem: Callable[[int, str], None] | None = None,
     ) -> np.ndarray:
         assert convert_to_numpy
         self.calls += 1

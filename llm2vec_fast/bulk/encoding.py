@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.bulk.fingerprint import locate
-from llm2vec_fast.bulk.isolation import OnBatch, RowByRow
+from llm2vec_fast.bulk.isolation import OnBatch, OnProblem, RowByRow
 from llm2vec_fast.bulk.settings import CPU_ROWS_PER_SHARD, GPU_ROWS_PER_SHARD, EmbedSettings
 from llm2vec_fast.errors import UserError, is_out_of_memory
 from llm2vec_fast.jobs.environment import Environment, describe_device, library_versions
@@ -34,9 +34,9 @@ class Encoder(Protocol):
         truncate_dim: int | None = None,
         convert_to_numpy: bool = True,
         on_batch: OnBatch | None = None,
-        non_finite: str = "keep",
+        on_problem: OnProblem | None = None,
     ) -> np.ndarray:
-        """Embeddings (N, d) float32, a row a sentence in input order."""
+        """Embeddings (N, d) float32, a row a sentence in input order, NaN where ``on_problem`` is told of one."""
         ...
 
 
@@ -118,16 +118,17 @@ def with_choices(settings: EmbedSettings, resolved: dict[str, Any]) -> EmbedSett
 def encode_texts(
     encoder: Encoder, settings: EmbedSettings, width: int, texts: Sequence[str], on_batch: OnBatch
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """`encode` with the job's settings, (N, width); rows that are not finite stay in place.
+    """`encode` with the job's settings.
 
     Returns:
-        The embeddings, and for each text that the encoder raises for, and for no other, its place and the reason.
+        The embeddings (N, width), and the reason for each text that has none, by its place: as the encoder tells it, or
+        as it raises for that text and for no other.
 
     Raises:
         UserError: memory ran out.
     """
 
-    def encode(some: Sequence[str], on_batch: OnBatch) -> np.ndarray:
+    def encode(some: Sequence[str], on_batch: OnBatch, on_problem: OnProblem) -> np.ndarray:
         return encoder.encode(
             some,
             instruction=settings.instruction,
@@ -135,7 +136,7 @@ def encode_texts(
             truncate_dim=settings.truncate_dim,
             convert_to_numpy=True,
             on_batch=on_batch,
-            non_finite="keep",
+            on_problem=on_problem,
         )
 
     try:

@@ -9,7 +9,8 @@ import numpy as np
 from llm2vec_fast.errors import is_out_of_memory
 
 OnBatch = Callable[[int, int, int], None]  # rows, tokens, tokens with padding
-Encode = Callable[[Sequence[str], OnBatch], np.ndarray]
+OnProblem = Callable[[int, str], None]  # place of a text, and why it has no embedding
+Encode = Callable[[Sequence[str], OnBatch, OnProblem], np.ndarray]
 ANY_TEXT = "text"  # an encoder that raises for this one too raises for all
 
 
@@ -17,7 +18,7 @@ class RowByRow:
     """Embeds texts; where that raises, finds out by halves which of them it is that raise.
 
     Args:
-        encode: embeds texts, (N, d) float32, and calls back after each forward pass.
+        encode: embeds texts, (N, d) float32, calls back after each forward pass, and tells of texts that it leaves out.
         on_batch: called so. Counts of a call that came to nothing are taken back, as negative numbers. What it raises
             ends the work: it is none of a text's.
     """
@@ -33,8 +34,9 @@ class RowByRow:
         Raises:
             Exception: what the encoder raises for any text, not for some of them alone; or that memory ran out.
         """
+        told: dict[int, str] = {}
         try:
-            return self._counted(texts), {}
+            return self._counted(texts, told.__setitem__), told
         except Exception as error:
             if self._is_of_all(error):
                 raise
@@ -46,7 +48,7 @@ class RowByRow:
         second, more = self.embed(texts[half:], width)
         return np.concatenate([first, second]), reasons | {half + place: why for place, why in more.items()}
 
-    def _counted(self, texts: Sequence[str]) -> np.ndarray:
+    def _counted(self, texts: Sequence[str], on_problem: OnProblem) -> np.ndarray:
         done = np.zeros(3, np.int64)
 
         def count(*numbers: int) -> None:
@@ -58,7 +60,7 @@ class RowByRow:
             done[:] += numbers
 
         try:
-            return self._encode(texts, count)
+            return self._encode(texts, count, on_problem)
         except Exception:
             if not self._interrupted:
                 self._on_batch(*(-done).tolist())
@@ -69,7 +71,7 @@ class RowByRow:
         if self._interrupted or is_out_of_memory(error):
             return True
         try:
-            self._encode([ANY_TEXT], lambda *numbers: None)
+            self._encode([ANY_TEXT], lambda *numbers: None, lambda *_: None)
         except Exception:
             return True
         return False
