@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional
 from .engine.describe import describe
 from .engine.locks import ModelLock, lock_of
-from .engine.network import Network, hidden_states, pooled
+from .engine.network import Network, device_of, hidden_states, pooled
 from .engine.plan import default_token_budget
 from .engine.replica import Replica
 from .engine.request import (
@@ -166,7 +167,7 @@ class LLM2Vec(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where texts are embedded."""
-        return decoder_of(self.model).get_input_embeddings().weight.device
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -338,7 +339,9 @@ class LLM2Vec(nn.Module):
                 stacklevel=2,
             )
         with self._lock.use(), progress(len(pairs), show_progress_bar, on_batch) as report:
-            rows = encode_pairs(self._task(request, report), pairs, on_problem)
+            task = self._task(request, report)
+            with self._lock.one_at_a_time if task.network.offloaded else nullcontext():
+                rows = encode_pairs(task, pairs, on_problem)
         results = as_asked(rows, request)
         return results[0] if single else results
 
@@ -359,7 +362,7 @@ class LLM2Vec(nn.Module):
     def _task(self, request: Request, on_batch: OnBatch) -> Task:
         """All that a call needs, as it is now: what other threads set meanwhile does not reach in."""
         network = Network(self._current_replica().model, self.model, self.pooling_mode)
-        cores = torch.get_num_threads() if self.device.type == "cpu" else 1
+        cores = torch.get_num_threads() if self.device.type == "cpu" and not network.offloaded else 1
         return Task(network, self.text_tokenizer(), request, on_batch, self.tokenizer.convert_ids_to_tokens, cores)
 
     def _current_replica(self) -> Replica:

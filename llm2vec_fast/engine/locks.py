@@ -23,6 +23,7 @@ class ModelLock:
 
     def __init__(self) -> None:
         self.making = threading.Lock()  # held while what many users share is made
+        self.one_at_a_time = threading.RLock()  # held by uses of a model that bears only one
         self._condition = threading.Condition()
         self._users: Counter[int] = Counter()
         self._changer: int | None = None

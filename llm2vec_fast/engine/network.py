@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,7 +35,12 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        return decoder_of(self.source).get_input_embeddings().weight.device
+        return device_of(self.source)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights are loaded for each layer's call and dropped behind it: one pass at a time, then."""
+        return any(weight.is_meta for weight in self.source.parameters())
 
     @property
     def vocabulary(self) -> int:
@@ -52,7 +58,9 @@ class Network:
 
         Whatever the calling thread has set (gradients, autocast) does not reach in here.
         """
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        kind = self.device.type
+        plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with torch.inference_mode(), plain:
             return self._embed(tokens, request, batch)
 
     def _embed(self, tokens: TokenizedTexts, request: Request, batch: np.ndarray) -> Tensor:
@@ -70,6 +78,15 @@ class Network:
             rows = pooled(rows, layout, self.pooling_mode, skip)[: len(batch)]
         rows = rows.float()[:, : request.width]
         return unit_length(rows, dim=-1) if request.normalize else rows
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes token ids: the device of its embedding, or the one that accelerate loads that to."""
+    embedding = decoder_of(model).get_input_embeddings()
+    device = embedding.weight.device
+    if device.type == "meta":
+        device = torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or device)
+    return device
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
