@@ -339,9 +339,9 @@ class LLM2Vec(nn.Module):
                 stacklevel=2,
             )
         with self._lock.use(), progress(len(pairs), show_progress_bar, on_batch) as report:
-            task = self._task(request, report)
-            with self._lock.one_at_a_time if task.network.offloaded else nullcontext():
-                rows = encode_pairs(task, pairs, on_problem)
+            replica = self._current_replica()
+            with self._lock.one_at_a_time if replica.offloaded else nullcontext():
+                rows = encode_pairs(self._task(replica, request, report), pairs, on_problem)
         results = as_asked(rows, request)
         return results[0] if single else results
 
@@ -359,10 +359,10 @@ class LLM2Vec(nn.Module):
         if wanted.type != self.device.type or wanted.index not in (None, self.device.index):
             self.to(wanted)
 
-    def _task(self, request: Request, on_batch: OnBatch) -> Task:
+    def _task(self, replica: Replica, request: Request, on_batch: OnBatch) -> Task:
         """All that a call needs, as it is now: what other threads set meanwhile does not reach in."""
-        network = Network(self._current_replica().model, self.model, self.pooling_mode)
-        cores = torch.get_num_threads() if self.device.type == "cpu" and not network.offloaded else 1
+        network = Network(replica.model, self.model, self.pooling_mode)
+        cores = torch.get_num_threads() if self.device.type == "cpu" and not replica.offloaded else 1
         return Task(network, self.text_tokenizer(), request, on_batch, self.tokenizer.convert_ids_to_tokens, cores)
 
     def _current_replica(self) -> Replica:

@@ -38,11 +38,6 @@ class Network:
         return device_of(self.source)
 
     @property
-    def offloaded(self) -> bool:
-        """Whether weights are loaded for each layer's call and dropped behind it: one pass at a time, then."""
-        return any(weight.is_meta for weight in self.source.parameters())
-
-    @property
     def vocabulary(self) -> int:
         """Rows of the embedding of tokens."""
         return decoder_of(self.source).get_input_embeddings().weight.shape[0]

@@ -17,8 +17,8 @@ import torch
 CPU_TOKEN_BUDGET = 2048
 CPU_LEAST_TOKENS = 1024
 GPU_TOKEN_BUDGET = 32768
-# Batches of about the same size, as many as a multiple of this: even for each number of cores that divides it.
-_SHARES = (16, 8, 4, 2)
+_SHARES = (8, 4, 2)  # numbers of cores that come out even
+_FULL = 0.9  # of the budget: texts do not fill a batch to the last token
 
 
 def default_token_budget(device: torch.device | str) -> int:
@@ -26,11 +26,11 @@ def default_token_budget(device: torch.device | str) -> int:
     return CPU_TOKEN_BUDGET if torch.device(device).type == "cpu" else GPU_TOKEN_BUDGET
 
 
-def even_budget(tokens: int, token_budget: int) -> int:
-    """The budget, at most ``token_budget``, with which a CPU's cores, however many, come out about even.
+def even_count(tokens: int, token_budget: int) -> int:
+    """How many batches of about equal size leave no core of a CPU idle in the end, however many it has.
 
-    Without it the last round would leave cores idle: 3 batches on 2 cores take as long as 4. The most shares are made
-    that leave a batch CPU_LEAST_TOKENS (or the whole budget, where that is less).
+    3 batches on 2 cores take as long as 4. So the number is a multiple of 8, or of 4 or 2 where batches would otherwise
+    have less than CPU_LEAST_TOKENS (or than the budget, if that is less).
 
     Raises:
         ValueError: the budget is not positive.
@@ -38,16 +38,17 @@ def even_budget(tokens: int, token_budget: int) -> int:
     _check_budget(token_budget)
     least = min(CPU_LEAST_TOKENS, token_budget)
     shares = next((n for n in _SHARES if tokens >= n * least), 1)
-    rounds = ceil(tokens / (token_budget * shares))
-    return max(1, ceil(tokens / (rounds * shares))) if tokens else token_budget
+    return shares * max(1, ceil(tokens / (_FULL * token_budget * shares)))
 
 
-def plan_batches(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
+def plan_batches(lengths: Sequence[int], token_budget: int, count: int | None = None) -> list[np.ndarray]:
     """Cut texts into batches of at most ``token_budget`` tokens; a longer text gets a batch of its own.
 
     Args:
         lengths: tokens of each text.
         token_budget: the most tokens a batch holds.
+        count: how many batches of equal size to make, as far as the texts and the budget let it; by default each is
+            filled before the next begins.
 
     Returns:
         One int64 index array a batch, longest texts first (the largest allocation comes first, and texts of equal
@@ -59,11 +60,13 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
     _check_budget(token_budget)
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
-    batches, first, tokens = [], 0, 0
+    share = sizes.sum() / count if count else float("inf")
+    batches, first, start, tokens = [], 0, 0, 0  # tokens before the batch at hand, and with it
     for position, size in enumerate(sizes[order].tolist()):
-        if position > first and tokens + size > token_budget:
+        nearer_without = tokens + size / 2 > share * (len(batches) + 1)
+        if position > first and (tokens + size - start > token_budget or nearer_without):
             batches.append(order[first:position])
-            first, tokens = position, 0
+            first, start = position, tokens
         tokens += size
     return [*batches, order[first:]] if len(order) else []
 

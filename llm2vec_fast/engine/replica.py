@@ -7,6 +7,7 @@ whichever thread trains it, and any number of threads run the replica.
 from __future__ import annotations
 
 from functools import partial
+from operator import is_
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -20,11 +21,15 @@ from ..errors import UserError
 
 OWNER = "encoder"
 _NOT_COMPARED = ("_modules", "training")
-_MISSING = object()
 
 
 class Replica:
     """Modules that share weights and hooks with those of ``source``, and have classes and a mode of their own.
+
+    Attributes:
+        model: what to run.
+        offloaded: whether weights are loaded for each layer's call and dropped behind it: one pass at a time, then.
+        left: what was not accelerated, and why.
 
     Args:
         source: the model.
@@ -36,10 +41,11 @@ class Replica:
         self.accelerated = accelerated
         self._place = _place(source)
         self._shared: list[nn.Module] = []
-        self._seen: list[tuple[nn.Module, type, tuple, dict[str, Any]]] = []
+        self._seen: list[_Seen] = []
         self._twins: dict[int, nn.Module] = {}
         self.model = self._twin(source)
         self._rebind()
+        self.offloaded = any(weight.is_meta for weight in source.parameters())
         self.left: dict[str, str] = {}
         if accelerated:
             self.left = accelerate(self.model, attention=False, loss=False, lora=False, owner=OWNER).left
@@ -49,15 +55,9 @@ class Replica:
     def is_current(self, source: nn.Module, accelerated: bool) -> bool:
         """Whether the model still is what was copied: the same modules with the same attributes. Values of weights need
         no look, they are shared."""
-        if accelerated != self.accelerated or self._place != _place(source) or self._seen[0][0] is not source:
+        if accelerated != self.accelerated or self._place != _place(source) or self._seen[0].module is not source:
             return False
-        return all(
-            type(module) is kind
-            and tuple(module._modules.items()) == children
-            and len(module.__dict__) == len(attributes) + len(_NOT_COMPARED)
-            and all(_same(value, module.__dict__.get(name, _MISSING)) for name, value in attributes.items())
-            for module, kind, children, attributes in self._seen
-        )
+        return all(map(_Seen.is_as_it_was, self._seen))
 
     @property
     def twins(self) -> list[nn.Module]:
@@ -81,7 +81,7 @@ class Replica:
         if id(source) in self._twins:
             return self._twins[id(source)]
         attributes = {name: value for name, value in source.__dict__.items() if name not in _NOT_COMPARED}
-        self._seen.append((source, type(source), tuple(source._modules.items()), attributes))
+        self._seen.append(_Seen(source, attributes))
         if isinstance(source, torch.jit.ScriptModule) or _is_closed(source.__dict__.get("forward")):
             self._shared.append(source)
             return source
@@ -118,6 +118,29 @@ class Replica:
         for module in self.model.modules():
             if isinstance(module, PackedLinear) and id(module.weight) in packs:
                 swap(module, PackedLinear, owner=OWNER, _packed=packs[id(module.weight)])
+
+
+class _Seen:
+    """A module as it was when it was copied."""
+
+    def __init__(self, module: nn.Module, attributes: dict[str, Any]) -> None:
+        self.module = module
+        self._kind = type(module)
+        self._children = tuple(module._modules.items())
+        self._names, self._values = tuple(attributes), tuple(attributes.values())
+
+    def is_as_it_was(self) -> bool:
+        """Called for every module at every encode, so it must not take a microsecond more than it needs."""
+        module, now = self.module, self.module.__dict__
+        return (
+            type(module) is self._kind
+            and len(now) == len(self._names) + len(_NOT_COMPARED)
+            and tuple(module._modules.items()) == self._children
+            and (
+                all(map(is_, map(now.get, self._names), self._values))
+                or all(name in now and _same(now[name], x) for name, x in zip(self._names, self._values, strict=True))
+            )
+        )
 
 
 def _is_closed(forward: Any) -> bool:

@@ -14,7 +14,7 @@ from ..errors import NonFiniteEmbeddingError, UserError
 from ..tokenization import TextTokenizer, TokenizedTexts
 from .executor import Executor
 from .network import Network, spare_rows
-from .plan import even_budget, plan_batches
+from .plan import even_count, plan_batches
 from .prepare import Pairs, one_ahead, prepare, take_out_unknown
 from .request import OnBatch, OnProblem, Request, Row
 
@@ -151,17 +151,15 @@ def _embed(task: Task, tokens: TokenizedTexts, report: OnProblem) -> list[np.nda
     some = np.flatnonzero(lengths)  # a text without a token needs no forward pass
     if len(some) < len(lengths):
         on_batch(len(lengths) - len(some), 0, 0)
-    budget = request.token_budget
-    if device.type == "cpu":
-        budget = even_budget(int(lengths.sum()), budget)
-    batches = [some[planned] for planned in plan_batches(lengths[some], budget)]
+    count = even_count(int(lengths.sum()), request.token_budget) if device.type == "cpu" else None
+    batches = [some[planned] for planned in plan_batches(lengths[some], request.token_budget, count)]
 
-    def count(batch: np.ndarray) -> None:
+    def tell(batch: np.ndarray) -> None:
         total = int(lengths[batch].sum())
         on_batch(len(batch), total, total + spare_rows(total, device))
 
     executor = Executor(partial(network.embed, tokens, request), lengths, device, task.cores, at_once=request.tokens)
-    for batch, result in executor.run(batches, count):
+    for batch, result in executor.run(batches, tell):
         if result is None:
             (text,) = batch.tolist()
             values[text] = _nothing(task, int(lengths[text]))
