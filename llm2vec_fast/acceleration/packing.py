@@ -22,6 +22,11 @@ class Pack:
         self._lock = threading.Lock()
         self._made: tuple[PackedWeight | None, tuple] | None = None
 
+    @property
+    def is_made(self) -> bool:
+        """Whether the copy takes memory now."""
+        return self._made is not None
+
     def of(self, weight: Tensor) -> PackedWeight | None:
         """The packed weight, made at first use and again once the weight has been replaced or written to.
 

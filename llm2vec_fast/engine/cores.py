@@ -55,6 +55,7 @@ def _pool(cores: int) -> ThreadPoolExecutor:
             pool, everyone = ThreadPoolExecutor(cores, "embed"), threading.Barrier(cores)
 
             def begin() -> None:
+                torch.get_num_threads()  # makes this thread take over the default, which it would at its first work
                 torch.set_num_threads(1)
                 everyone.wait()  # or one thread would take the task of another
 

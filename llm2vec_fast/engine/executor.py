@@ -46,6 +46,7 @@ class Executor:
         self._cores = cores
         self._at_once = at_once
         self._too_many = float("inf")  # tokens on which memory ran out
+        self._room_is_needed = self._told = False
         self._done: list[tuple[np.ndarray, Tensor | None]] = []
 
     def run(
@@ -63,19 +64,21 @@ class Executor:
                     left.append(batch)
                 else:
                     self._keep(batch, rows, on_batch)
+        if self._cores > 1:
+            self._too_many = float("inf")  # more may fit with nothing beside it
         for batch in left:
-            self._run_smaller(batch, on_batch, again=self._cores > 1)
+            self._run_smaller(batch, on_batch)
         return [(batch, None if rows is None else rows.cpu()) for batch, rows in self._done]
 
-    def _run_smaller(self, batch: np.ndarray, on_batch: Callable[[np.ndarray], None], again: bool) -> None:
-        """Halve a batch until it runs. ``again``: it has not been tried with nothing beside it."""
+    def _run_smaller(self, batch: np.ndarray, on_batch: Callable[[np.ndarray], None]) -> None:
+        """Halve a batch until it runs, with nothing beside it."""
         self._make_room()
-        rows = self._attempt(batch, certain=again or len(batch) == 1)
+        rows = self._attempt(batch, certain=len(batch) == 1)
         if rows is not None or len(batch) == 1:
             self._keep(batch, rows, on_batch)
             return
         for half in np.array_split(batch, 2):
-            self._run_smaller(half, on_batch, again=False)
+            self._run_smaller(half, on_batch)
 
     def _attempt(self, batch: np.ndarray, certain: bool = False) -> Tensor | None:
         """Rows; None where memory runs out, or, unless ``certain``, did on no more tokens."""
@@ -89,12 +92,14 @@ class Executor:
             if not is_out_of_memory(error):
                 raise
             told = str(error).split("\n")[0]
-        if self._too_many == float("inf") and len(batch) > 1:
+        if not self._told and len(batch) > 1:
             logger.warning(
                 "memory ran out on a forward pass of %d tokens, going on with fewer (token_budget=%d begins so): "
                 "%s", tokens, tokens // 2, told,
             )  # fmt: skip
+            self._told = True
         self._too_many = min(self._too_many, tokens)
+        self._room_is_needed = True
         return None
 
     def _keep(self, batch: np.ndarray, rows: Tensor | None, on_batch: Callable[[np.ndarray], None]) -> None:
@@ -102,7 +107,10 @@ class Executor:
         on_batch(batch)
 
     def _make_room(self) -> None:
-        """What is done leaves the device, and what allocators hold goes back."""
+        """Once memory ran out: what is done leaves the device, and what allocators hold goes back."""
+        if not self._room_is_needed:
+            return
+        self._room_is_needed = False
         self._done = [(batch, None if rows is None else rows.cpu()) for batch, rows in self._done]
         gc.collect()
         accelerator = getattr(torch, self._device.type, None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,9 +111,66 @@ def test_training_mode_packs_nothing() -> None:
     model = bf16_model("llama")
     accelerate(model)
     hidden(model.train())
-    assert all(m._packed is None for m in model.modules() if isinstance(m, PackedLinear))
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert layers
+    assert not any(m._packed.is_made for m in layers)
     hidden(model.eval())
-    assert all(m._packed is not None for m in model.modules() if isinstance(m, PackedLinear))
+    assert all(m._packed.is_made for m in layers)
+
+
+def overwritten(model: nn.Module) -> None:
+    for weight in model.parameters():
+        weight.data.copy_(weight.data.flip(0))
+
+
+def merged(model: nn.Module) -> None:
+    """As peft does: ``weight.data += delta``, which counts as no change."""
+    for weight in model.parameters():
+        weight.data += 0.05
+
+
+def trained(model: nn.Module) -> None:
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimiser.step()
+
+
+@pytest.mark.parametrize("change", [overwritten, merged, trained])
+def test_packed_weights_follow_changes_that_leave_no_trace(change: Callable[[nn.Module], None]) -> None:
+    model = bf16_model("llama")
+    accelerate(model)
+    before = hidden(model)
+    change(model)
+    after = hidden(model)
+    accelerate(model)  # packs anew
+    assert torch.equal(after, hidden(model))
+    assert not torch.equal(after, before)
+
+
+def test_packing_does_not_depend_on_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def left(total: int, available: int) -> dict[str, str]:
+        memory = SimpleNamespace(total=total, available=available)
+        monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+        return accelerate(bf16_model("llama")).left
+
+    assert "linear" not in left(total=1 << 40, available=1 << 10)
+    assert "a quarter of the 0 MiB of memory" in left(total=1 << 10, available=1 << 40)["linear"]
+
+
+def test_a_weight_that_cannot_be_packed_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = bf16_model("llama")
+    expected = hidden(model)
+
+    def no_memory(weight: torch.Tensor) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("llm2vec_fast.acceleration.packing.pack_weight", no_memory)
+    accelerate(model, norm=False, rotary=False, swiglu=False)
+    assert torch.equal(hidden(model), expected)
+    assert "is not packed and runs slower" in caplog.text
 
 
 def test_float32_products_are_left_alone_with_a_reason() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import ceil
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm2vec_fast.engine.plan import even_budget, plan_batches
+from llm2vec_fast.engine.plan import CPU_LEAST_TOKENS, even_count, plan_batches
 
 
 @given(st.lists(st.integers(0, 300), max_size=200), st.integers(1, 500))
@@ -37,17 +35,27 @@ def test_batches_are_nearly_full() -> None:
     assert len(plan_batches(lengths, 2048)) <= 1.05 * lengths.sum() / 2048 + 1
 
 
-@given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(2, 64))
-def test_an_even_budget_gives_every_worker_the_same_number_of_batches(tokens: int, budget: int, workers: int) -> None:
-    even = even_budget(tokens, budget, workers)
-    rounds = ceil(tokens / (budget * workers))
-    assert even <= budget
-    assert ceil(tokens / even) <= rounds * workers
-    assert (even - 1) * rounds * workers < tokens  # and no larger than that takes
+@given(st.integers(0, 10**6), st.integers(1, 5000))
+def test_an_even_count_fills_batches_within_the_budget(tokens: int, budget: int) -> None:
+    count = even_count(tokens, budget)
+    assert tokens / count <= budget
+    assert count == 1 or tokens / count >= min(budget, CPU_LEAST_TOKENS) / 3  # none is made tiny to be even
 
 
-def test_one_worker_keeps_the_budget() -> None:
-    assert even_budget(100, 2048, 1) == 2048
+@pytest.mark.parametrize("tokens", [10_000, 33_000, 51_000, 400_000])
+def test_many_texts_come_out_even_on_any_usual_number_of_cores(tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 90, tokens // 45)
+    batches = plan_batches(lengths, 2048, even_count(int(lengths.sum()), 2048))
+    sizes = [int(lengths[batch].sum()) for batch in batches]
+    assert len(batches) % 8 == 0
+    assert max(sizes) - min(sizes) <= 180  # two texts: the last batch is no crumb
+
+
+@given(st.lists(st.integers(0, 300), max_size=200), st.integers(1, 500), st.integers(1, 20))
+def test_shared_out_batches_keep_to_the_budget_too(lengths: list[int], budget: int, count: int) -> None:
+    batches = plan_batches(lengths, budget, count)
+    assert sorted(i for batch in batches for i in batch.tolist()) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= budget for batch in batches)
 
 
 def test_a_budget_of_nothing_is_refused() -> None:

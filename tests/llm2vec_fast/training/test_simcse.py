@@ -84,7 +84,7 @@ def test_without_dropout_the_embeddings_are_those_of_the_encoder(settings: Setti
     encoder = LLM2Vec.from_pretrained(FOLDER / "llama", dtype="float32", device="cpu")
     expected = encoder.encode(TEXTS, convert_to_numpy=True)
     assert_matches(rows.numpy(), np.concatenate([expected, expected]))
-    meanwhile = LLM2Vec(stage.model, stage.tokenizer, accelerate=False)
+    meanwhile = LLM2Vec(stage.model, stage.tokenizer)
     assert_matches(meanwhile.encode(TEXTS, convert_to_numpy=True), expected)
 
 
