@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 from llm2vec_fast import LLM2Vec
 from llm2vec_fast.engine.cores import each_on_a_core
 from llm2vec_fast.engine.locks import ModelLock
+from llm2vec_fast.engine.replica import Replica
 from llm2vec_fast.errors import UserError
 
 MANY = [f"{text} {number}" for number in range(150) for text in TEXTS]
@@ -49,8 +50,10 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
-def test_the_first_calls_come_from_many_threads(mode, expected):
-    """Nothing has warmed the encoder up: it is made ready while all of them wait for it."""
+def test_the_first_calls_come_from_many_threads(mode, expected, monkeypatch):
+    """Nothing has warmed the encoder up: it is made ready, once, while all of them wait for it."""
+    made = []
+    monkeypatch.setattr("llm2vec_fast.encoder.Replica", lambda *x, **named: made.append(1) or Replica(*x, **named))
     encoder = load().train(mode)
     barrier = threading.Barrier(8, timeout=60)
 
@@ -63,6 +66,7 @@ def test_the_first_calls_come_from_many_threads(mode, expected):
     assert all(same(x, expected[i % len(TEXTS) :]) for i, x in enumerate(rows))
     assert same(encoder.encode(TEXTS), expected)
     assert {module.training for module in encoder.modules()} == {mode}
+    assert made == [1]
 
 
 def test_calls_go_on_while_another_thread_changes_the_encoder(expected, tmp_path):
@@ -89,6 +93,25 @@ def test_calls_go_on_while_another_thread_changes_the_encoder(expected, tmp_path
     for worker in workers:
         worker.join(timeout=60)
     assert not wrong
+
+
+def test_moving_a_model_waits_for_the_encode_that_runs_on_it():
+    encoder, running, release = load(), threading.Event(), threading.Event()
+
+    def wait(*_: int) -> None:
+        running.set()
+        release.wait(60)
+
+    with ThreadPoolExecutor(2) as executor:
+        rows = executor.submit(encoder.encode, TEXTS, on_batch=wait)
+        running.wait(60)
+        moved = executor.submit(encoder.to, torch.float64)
+        time.sleep(0.1)
+        assert not moved.done()
+        assert encoder.dtype == torch.float32
+        release.set()
+        assert moved.result(60).dtype == torch.float64
+        assert rows.result(60).shape == (len(TEXTS), encoder.dimension)
 
 
 def test_a_change_waits_for_uses_and_uses_for_the_change():
@@ -184,11 +207,10 @@ def test_a_forked_process_encodes(threads):
     if child == 0:
         code = 2
         try:
-            torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork either
-            code = 0 if encoder.encode(MANY[:20]).isfinite().all() else 1
+            code = 0 if encoder.encode(MANY, token_budget=500).isfinite().all() else 1
         finally:
             os._exit(code)
-    for _ in range(600):
+    for _ in range(300):
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
             break
