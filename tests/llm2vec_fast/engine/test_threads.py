@@ -15,8 +15,9 @@ from reference_data import FOLDER, TEXTS
 from torch.nn.functional import cosine_similarity
 
 from llm2vec_fast import LLM2Vec
+from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.engine.cores import each_on_a_core
-from llm2vec_fast.engine.locks import ModelLock
+from llm2vec_fast.engine.locks import ModelLock, lock_of
 from llm2vec_fast.engine.replica import Replica
 from llm2vec_fast.errors import UserError
 
@@ -198,18 +199,26 @@ def test_plans_and_bits_of_many_texts_are_the_same_on_any_number_of_threads(thre
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_process_encodes(threads):
+def test_a_forked_process_has_cores_and_locks_of_its_own():
     """It has none of its parent's threads; what waits for them waits forever."""
-    threads(2)
     encoder = load()
-    encoder.encode(MANY, token_budget=500)
-    child = os.fork()
-    if child == 0:
-        code = 2
-        try:
-            code = 0 if encoder.encode(MANY, token_budget=500).isfinite().all() else 1
-        finally:
-            os._exit(code)
+    lock = lock_of(decoder_of(encoder.model))
+    assert list(each_on_a_core(str, range(3), 2)) == ["0", "1", "2"]
+    with ThreadPoolExecutor(1) as other:
+        using, release = threading.Event(), threading.Event()
+
+        def use() -> None:
+            with lock.use():
+                using.set()
+                release.wait(60)
+
+        other.submit(use)
+        using.wait(60)
+        child = os.fork()
+        if child == 0:
+            with lock_of(decoder_of(encoder.model)).change("to()"):
+                os._exit(0 if list(each_on_a_core(str, range(3), 2)) == ["0", "1", "2"] else 1)
+        release.set()
     for _ in range(300):
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
