@@ -346,7 +346,7 @@ class LLM2Vec(nn.Module):
         return results[0] if single else results
 
     def describe(self) -> dict[str, str | int]:
-        """What the last bits of embeddings depend on here beside the model, the texts and the settings."""
+        """What the last bits of embeddings depend on beside the model, the texts, the settings and the device."""
         with self._lock.use():
             return describe(self._current_replica(), self.device)
 

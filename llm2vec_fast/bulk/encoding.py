@@ -150,6 +150,7 @@ def encode_texts(
         ) from error
 
 
-def environment_of(resolved: dict[str, Any]) -> Environment:
+def environment_of(encoder: Encoder, resolved: dict[str, Any]) -> Environment:
     """What the last bits of embeddings depend on that is not fixed for a job."""
-    return {**library_versions(), **describe_device(resolved["device"]), "token budget": resolved["token_budget"]}
+    here = {**library_versions(), **describe_device(resolved["device"]), "token budget": resolved["token_budget"]}
+    return {**here, **getattr(encoder, "describe", dict)()}

@@ -138,7 +138,7 @@ def _run(
     encoder = load(settings)
     manifest.resolved = _resolve(folder, manifest, encoder, settings)
     settings = with_choices(settings, manifest.resolved)
-    here = _environment(manifest, environment_of(manifest.resolved), notify)
+    here = _environment(manifest, environment_of(encoder, manifest.resolved), notify)
     write_manifest(folder, manifest)
     total_bytes = sum(file.bytes for file in files)
     done = (manifest.total(name) for name in ("input_bytes", "tokens", "rows", "bad_rows"))

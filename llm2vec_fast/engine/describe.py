@@ -1,4 +1,4 @@
-"""What the last bits of embeddings depend on beside the model, the texts and the settings."""
+"""What the last bits of embeddings depend on beside the model, the texts, the settings and the device."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from .replica import Replica
 
 
 def describe(replica: Replica, device: torch.device) -> dict[str, str | int]:
-    """How this machine computes; where two of these are equal, so is every bit of the results.
+    """How results are computed here, by what may differ from one run to the next.
 
-    On a CPU: the number of threads (products of one batch on all cores are summed in an order that depends on it; a
-    batch on a core of its own is not) and whether weights are packed, which the machine's memory decides.
+    On a CPU that is the number of threads (products of a batch that all cores share are summed in an order that depends
+    on it; a batch on a core of its own is not), and whether weights are packed, which the machine's memory decides.
     """
     if device.type != "cpu":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return {"device": name}
-    return {
-        "device": "cpu",
-        "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "packed weights": replica.left.get("linear", "yes") if replica.accelerated else "no: accelerate is off",
-    }
+        return {}
+    packed = replica.left.get("linear", "yes") if replica.accelerated else "no: accelerate is off"
+    return {"threads": torch.get_num_threads(), "packed weights": packed}

@@ -167,6 +167,14 @@ def test_the_number_of_threads_is_nobody_elses_business(threads):
     assert torch.equal(rows[0], rows[1])
 
 
+def test_an_encoder_says_what_its_bits_depend_on(threads):
+    threads(3)
+    told = load(dtype="float32").describe()
+    assert told["threads"] == 3
+    assert "float32 weights run plain" in told["packed weights"]
+    assert "accelerate is off" in load(accelerate=False).describe()["packed weights"]
+
+
 def test_each_task_has_one_core_and_all_end_with_the_call(threads):
     threads(2)
     running = []
