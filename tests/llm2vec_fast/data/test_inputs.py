@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2vec_fast.bulk.inputs import find_inputs
+from llm2vec_fast.data.inputs import find_inputs
 from llm2vec_fast.errors import InputError
 
 
@@ -62,7 +62,7 @@ def test_a_link_has_the_format_that_its_own_name_tells(corpus: Path) -> None:
         ("notes.pdf", "format that its name does not tell"),
         ("*.pdf", "matches no file"),
         ("deep/er/x.parquet.gz", "format"),
-        ("empty", "holds no file to embed"),
+        ("empty", "holds no file to read"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(corpus: Path, pattern: str, message: str) -> None:
