@@ -60,9 +60,7 @@ def require_columns(shown: str, asked: Sequence[Asked], available: Sequence[str]
     counts = Counter(available)
     for name, option, required, _ in asked:
         if counts[name] > 1:
-            raise InputError(
-                f"{shown} has {counts[name]} columns named {name!r} ({option}): rename all but one"
-            )
+            raise InputError(f"{shown} has {counts[name]} columns named {name!r} ({option}): rename all but one")
         if required and not counts[name]:
             names = list(dict.fromkeys(available))
             there = ", ".join(map(repr, names[:SHOWN_NAMES])) or "none"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from llm2vec_fast.data.columns import names_in, object_of, require_columns, require_different, value_in
+from llm2vec_fast.data.columns import Repeated, names_in, object_of, require_columns, require_different, value_in
 from llm2vec_fast.data.inputs import InputFile
 from llm2vec_fast.data.lines import Lines
 from llm2vec_fast.data.rows import MAX_ROW_BYTES, Asked, Row, RowReader
@@ -221,6 +221,8 @@ def parse_object(text: str, problem: str | None, what: str) -> tuple[Record, str
 
 def row_of(record: Record, problem: str | None, asked: Sequence[Asked] | None, line: int) -> Row:
     """The values asked for; a record without its text is a bad one."""
+    if asked is None and isinstance(record, Repeated):
+        problem = f"the row has two fields {min(record.names)!r}"
     if asked is None or problem is not None:
         return Row([record] if asked is None else [None] * len(asked), problem, line=line)
     values = []

@@ -10,7 +10,7 @@ from llm2vec_fast.data.delimited import Csv, DelimitedReader, keeps_quotes
 from llm2vec_fast.data.inputs import InputFile
 from llm2vec_fast.data.jsonl import json_reader
 from llm2vec_fast.data.parquet import ParquetReader
-from llm2vec_fast.data.rows import Asked, Row, RowReader
+from llm2vec_fast.data.rows import Asked, Problem, Row, RowReader, text_of
 from llm2vec_fast.data.sniffing import has_mac_line_ends, head_of
 from llm2vec_fast.data.streams import DAMAGE
 from llm2vec_fast.data.text import TextReader
@@ -65,6 +65,21 @@ def rows_of(file: InputFile, asked: Sequence[Asked] | None, how: Csv) -> Iterato
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"input {file.shown} cannot be read: {error.strerror}") from error
         yield damaged_from(count + 1, error, len(asked or [None]))
+
+
+def texts_of(file: InputFile, asked: Asked, how: Csv) -> Iterator[str | Problem]:
+    """All texts of a file, and in their places what is wrong with rows that have none.
+
+    Raises:
+        InputError: see `rows_of`; or the file is damaged.
+    """
+    number = 1
+    for row in rows_of(file, [asked], how):
+        if row.damaged:
+            raise InputError(f"{file.shown}: {row.problem}")
+        text, wrong = text_of(row.values[0]) if row.problem is None else ("", row.problem)
+        yield text if wrong is None else Problem(file.name, number, None, wrong, row.rows, line=row.line)
+        number += row.rows
 
 
 def damaged_from(row: int, error: BaseException, columns: int) -> Row:

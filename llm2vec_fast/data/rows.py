@@ -105,8 +105,8 @@ class LeftOut:
         return f"{self.count:,} of {self.rows:,} rows {verb} left out: {shown}{more}{listed}"
 
 
-def text_of(value: Any) -> tuple[str, str | None]:
-    """A value as a text, and what is wrong with it as one.
+def text_of(value: Any, what: str = "text") -> tuple[str, str | None]:
+    """A value as a text, and what is wrong with it as one; ``what`` it is called.
 
     Bytes are UTF-8. A text holds something else than white space, and whole characters.
     """
@@ -114,14 +114,14 @@ def text_of(value: Any) -> tuple[str, str | None]:
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
-            return "", f"byte 0x{value[error.start]:02x} at byte {error.start} of the text is not UTF-8"
+            return "", f"byte 0x{value[error.start]:02x} at byte {error.start} of the {what} is not UTF-8"
     if value is None:
-        return "", "the text is null"
+        return "", f"the {what} is null"
     if not isinstance(value, str):
-        return "", f"the text is not a string but {type(value).__name__} {str(value)[:40]!r}"
+        return "", f"the {what} is not a string but {type(value).__name__} {str(value)[:40]!r}"
     if not value or value.isspace():
-        return "", "the text is empty"
-    return value, half_character(value, "text")
+        return "", f"the {what} is empty"
+    return value, half_character(value, what)
 
 
 def half_character(text: str, what: str) -> str | None:

@@ -97,7 +97,7 @@ def is_one_object(path: str, compression: str) -> bool:
 
 
 def _first_line(stream: ByteStream) -> bytes:
-    """The first line that is not blank, of a long one the beginning; no bytes at the end, or where the file is damaged."""
+    """The first line that is not blank, of a long one the beginning; no bytes at the end, or where damage is."""
     try:
         while line := stream.readline(LINE_BYTES):
             line = line.removeprefix(b"\xef\xbb\xbf").strip()

@@ -252,10 +252,12 @@ def _plain_json(value: Any) -> Any:
 
 def _text_of_one(array: pa.Array) -> Any:
     """The value of an array of one, for JSON."""
-    if isinstance(array.type, pa.ExtensionType) or _is.is_nested(array.type) or _is.is_float16(array.type):
-        value = array[0].as_py()
-        return float(value) if _is.is_float16(array.type) else value
     try:
+        value = array[0].as_py()
+    except ValueError:  # nanoseconds, which Python's own times have not
+        value = str(array.cast(pa.string())[0]) if _is.is_temporal(array.type) else str(array[0])
+    if _is.is_timestamp(array.type) and array.type.unit == "ns":
+        return array.cast(pa.string())[0].as_py().replace(" ", "T", 1)
+    if _is.is_time64(array.type):
         return array.cast(pa.string())[0].as_py()
-    except pa.ArrowException:
-        return str(array[0].as_py())
+    return float(value) if _is.is_float16(array.type) else value

@@ -228,7 +228,9 @@ def test_a_line_that_no_text_is_as_long_as_is_a_bad_row(tmp_path: Path, monkeypa
 def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delimited, "MAX_ROW_BYTES", 1000)
     found = problems_of(tmp_path / "corpus.csv", b'text\ngood\n"open\n' + b"line\n" * 400)
-    assert found == {2: "the quote that opens in line 3 is not closed within 0 MiB: the file is not read from line 3 on"}
+    assert found == {
+        2: "the quote that opens in line 3 is not closed within 0 MiB: the file is not read from line 3 on"
+    }
 
 
 def test_a_parquet_column_that_is_not_text_is_refused(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def run(tmp_path: Path, model: Path) -> Callable[..., Outcome]:
         of_encoder = EmbedSettings(
             str(model), rows_per_shard=10, device="cpu", instruction=options.pop("instruction", None)
         )
-        return mine(path, tmp_path / output, MiningSettings(of_encoder, **options), load=load, **given)
+        return mine([str(path)], tmp_path / output, MiningSettings(of_encoder, **options), load=load, **given)
 
     return run
 
@@ -204,7 +204,7 @@ def test_a_job_that_came_to_nothing_leaves_nothing(run, rows, tmp_path: Path, wr
 @pytest.mark.parametrize(
     ("row", "options", "error", "message"),
     [
-        ({"text": "a", "positive": "b"}, {}, UserError, "has no column 'query': there are text, positive"),
+        ({"text": "a", "positive": "b"}, {}, UserError, "has no column 'query' .--query-column.: its"),
         ({"query": "a", "positive": None}, {}, UserError, "has no row with a text in 'query' and in 'positive'"),
         ({"query": "a", "positive": "b"}, {"id_column": "key"}, UserError, "has no column 'key'"),
         ({"query": "a", "positive": "b"}, {"share": 1.5}, UserError, "share=1.5 is not a share"),

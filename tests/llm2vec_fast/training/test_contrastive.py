@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, normalize
 from training_runs import UNCLIPPED, assert_trained_alike
 
+from llm2vec_fast.data.pairs import same_things
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.kernels import contrastive_loss
 from llm2vec_fast.training.arguments import ContrastiveArguments
@@ -26,7 +27,7 @@ from llm2vec_fast.training.checkpoints import last_checkpoint, whole_or_gone
 from llm2vec_fast.training.contrast import ContrastiveTrainer, load_embedding_model
 from llm2vec_fast.training.contrastive import PairCollator, train_contrastive
 from llm2vec_fast.training.embedding import Embedded
-from llm2vec_fast.training.pairs import Pairs, same_things
+from llm2vec_fast.training.pairs import Pairs
 from llm2vec_fast.training.sampling import OneSetAtATime
 
 Settings = Callable[..., dict[str, object]]

@@ -16,11 +16,12 @@ from torch.nn.functional import cross_entropy, normalize
 from training_runs import UNCLIPPED, assert_trained_alike
 
 from llm2vec_fast import LLM2Vec
+from llm2vec_fast.data.pairs import identity
 from llm2vec_fast.errors import ModelLoadError, UserError
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.training.arguments import SimcseArguments
 from llm2vec_fast.training.contrast import ContrastiveTrainer, load_embedding_model
-from llm2vec_fast.training.packing import identity, pack
+from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.simcse import SimcseCollator, train_simcse
 
 Settings = Callable[..., dict[str, object]]
