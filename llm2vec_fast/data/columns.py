@@ -102,5 +102,12 @@ def value_in(record: dict[str, Any], name: str) -> tuple[bool, Any]:
 
 def names_in(record: dict[str, Any], asked: Sequence[Asked]) -> list[str]:
     """The record's own names, and those asked for that it has behind dots."""
-    nested = [name for name, *_ in asked if name not in record and value_in(record, name)[0]]
+    nested = [name for name, *_ in asked if name not in record and _has(record, name)]
     return [*record, *nested]
+
+
+def _has(record: dict[str, Any], name: str) -> bool:
+    try:
+        return value_in(record, name)[0]
+    except KeyError:  # it is there, twice
+        return True

@@ -64,7 +64,8 @@ class JsonLinesReader:
 
 
 class JsonListReader:
-    """One list of objects. Where an element is no JSON, nothing tells where the next begins: the rest is damaged."""
+    """One list of objects. An element that is no JSON ends where its brackets close; where none does, the rest of the
+    file is damaged."""
 
     offset = 0
 
@@ -133,6 +134,8 @@ class _Elements:
             if len(self._text) - self._place > MAX_ROW_BYTES:
                 raise EOFError(f"line {line}: the element is longer than {MAX_ROW_BYTES >> 20} MiB, or has no end")
             if not self._more():
+                if scan.place:
+                    break  # a whole value at the very end
                 raise EOFError(f"line {line}: the element that begins there has no end")
         text, self._place = self._text[self._place : scan.place], scan.place
         self._line += text.count("\n")
@@ -172,6 +175,7 @@ class _Scan:
 
     def find_end(self, text: str, start: int) -> bool:
         """Whether the value that begins at ``start`` ends in the text; ``place`` is behind it."""
+        self.place = 0
         try:
             _, self.place = _decoder.raw_decode(text, start)
         except (ValueError, RecursionError):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
-DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)  # of OSErrors those without a number
+import pyarrow as pa
+
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)  # of OSErrors those without a number
 CHUNK_BYTES = 1 << 20
-_ARROW_NAMES = {".bz2": "bz2", ".zst": "zstd"}  # Python's bz2 takes what follows a stream and is damaged for its end
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
 
 
 class ByteStream:
@@ -50,13 +54,11 @@ class ByteStream:
     def _decompressed(self, compression: str) -> Any:
         if compression == ".gz":
             return gzip.open(self._raw)
-        if compression == ".xz":
-            return io.BufferedReader(_Xz(self._raw), CHUNK_BYTES)
-        if compression in _ARROW_NAMES:
-            import pyarrow as pa
-
-            source = pa.PythonFile(self._raw, mode="r")
-            return io.BufferedReader(pa.CompressedInputStream(source, _ARROW_NAMES[compression]), CHUNK_BYTES)
+        if compression in _DECOMPRESSORS:
+            return io.BufferedReader(_Members(self._raw, _DECOMPRESSORS[compression]), CHUNK_BYTES)
+        if compression == ".zst":
+            frames = pa.CompressedInputStream(pa.PythonFile(self._raw, mode="r"), "zstd")
+            return io.BufferedReader(frames, CHUNK_BYTES)
         return self._raw
 
 
@@ -84,12 +86,13 @@ class _LineFeeds(io.RawIOBase):
         return len(piece)
 
 
-class _Xz(io.RawIOBase):
-    """All streams of an .xz file. Python's own reader drops what it cannot read behind the first without a word."""
+class _Members(io.RawIOBase):
+    """All streams of an .xz or a .bz2 file. Python's own readers drop what they cannot read behind the first without a
+    word."""
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw, self._left = raw, b""
-        self._decompressor = lzma.LZMADecompressor()
+    def __init__(self, raw: BinaryIO, new: Callable[[], Any]) -> None:
+        self._raw, self._left, self._new = raw, b"", new
+        self._decompressor = new()
 
     def readable(self) -> bool:
         return True
@@ -102,7 +105,7 @@ class _Xz(io.RawIOBase):
                     self._left = piece.lstrip(b"\0")
                 if not self._left:
                     return 0
-                self._decompressor = lzma.LZMADecompressor()
+                self._decompressor = self._new()
             piece = b""
             if self._decompressor.needs_input:
                 piece = self._left or self._raw.read(CHUNK_BYTES)
