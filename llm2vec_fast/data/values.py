@@ -167,7 +167,7 @@ def unified(name: str, found: Sequence[tuple[str, pa.DataType]], of_json: pa.Dat
     if of_json is not None:
         kinds.setdefault(of_json, "the JSON files")
     if not kinds:
-        return pa.string()
+        return found[0][1] if found else pa.string()
     common = next(iter(kinds))
     for kind in kinds:
         wider = _common(common, kind)

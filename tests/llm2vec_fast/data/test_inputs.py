@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,89 @@ def test_what_cannot_be_read_is_refused_by_name(corpus: Path, pattern: str, mess
     with pytest.raises(InputError, match=message) as error:
         names(corpus / pattern)
     assert Path(pattern).name in str(error.value)
+
+
+def told(*patterns: object) -> list[str]:
+    said: list[str] = []
+    find_inputs([str(pattern) for pattern in patterns], None, said.append)
+    return said
+
+
+def test_what_a_folder_or_glob_passes_over_is_said(corpus: Path) -> None:
+    for name in ("a.md", "b.md", "c.md", "d.md", "README", "x.tar.gz", "_SUCCESS", ".DS_Store"):
+        (corpus / name).write_bytes(b"x")
+    (corpus / "gone.txt").symlink_to(corpus / "nothing")
+    (corpus / "settings.json").write_text('{\n"a": 1\n}\n')
+    [sentence] = told(corpus)
+    passed = [
+        "4 .md (a.md, b.md, c.md, …)",
+        "1 .json of one object, no rows (settings.json)",
+        "1 .pdf (notes.pdf)",
+        "1 .tar.gz (x.tar.gz)",
+        "1 links to nothing (gone.txt)",
+        "1 of a name that begins with _ (_SUCCESS)",
+        "1 without an ending (README)",
+    ]
+    assert sentence == f"{corpus}: 10 are passed over: {'; '.join(passed)}"
+    [of_glob] = told(corpus / "*")
+    assert "2 folders (deep, out)" in of_glob
+    assert "notes.pdf" in of_glob
+    assert told(corpus / "*.txt") == [f"{corpus / '*.txt'}: 1 is passed over: 1 links to nothing (gone.txt)"]
+    assert told(corpus / "b.txt") == []
+
+
+def test_a_list_or_lines_in_a_json_file_of_a_folder_are_read(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('[{"text": "a"}]')
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "bad-line.json").write_text('{"text": \n{"text": "b"}\n')
+    assert names(tmp_path) == ["bad-line.json", "lines.json", "list.json"]
+
+
+def test_folders_behind_links_are_read_as_by_globs(corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x.txt").write_text("x")
+    (corpus / "link").symlink_to(other, target_is_directory=True)
+    assert "link/x.txt" in names(corpus)
+    assert set(names(corpus / "**" / "*.txt")) >= {"link/x.txt", "b.txt"}
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt"])
+def test_links_that_go_round_are_refused_by_name(corpus: Path, pattern: str) -> None:
+    (corpus / "deep" / "round").symlink_to(corpus, target_is_directory=True)
+    with pytest.raises(InputError, match=r"the link .*deep/round leads back to .*corpus|the link .* above it"):
+        names(corpus / pattern)
+
+
+def test_links_that_go_round_through_each_other_are_refused(tmp_path: Path) -> None:
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / one).mkdir(exist_ok=True)
+        (tmp_path / other).mkdir(exist_ok=True)
+        (tmp_path / one / "to").symlink_to(tmp_path / other, target_is_directory=True)
+    with pytest.raises(InputError, match="round and round"):
+        names(tmp_path / "a")
+
+
+def test_the_home_folder_may_be_a_tilde(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(corpus))
+    assert names("~/b.txt") == names("~/*.txt") == ["b.txt"]
+    assert "deep/d.parquet" in names("~")
+
+
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "wb") as file:
+        file.write(b"a\n")
+    [found] = find_inputs([str(tmp_path)])
+    assert found.name == "caf\\xe9.txt"
+    assert os.fsencode(found.path) == path
+    assert found.shown.isascii()
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(InputError, match=r"pipe\.txt is no file that can be read twice"):
+        names(tmp_path / "pipe.txt")
+    (tmp_path / "to.txt").symlink_to(tmp_path / "nothing.txt")
+    with pytest.raises(InputError, match=r"to\.txt is a link to .*nothing\.txt, which does not exist"):
+        names(tmp_path / "to.txt")
