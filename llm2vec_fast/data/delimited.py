@@ -62,13 +62,15 @@ class DelimitedReader:
     """A row is a record, the header is none, nor are blank lines. A quoted field may hold line breaks."""
 
     def __init__(
-        self, file: InputFile, asked: Sequence[Asked] | None, how: Csv, offset: int = 0, line: int = 0
+        self, file: InputFile, asked: Sequence[Asked], how: Csv, offset: int = 0, line: int = 0, whole: bool = False
     ) -> None:
         header = _read_header(file, asked, how)
+        if whole:
+            require_different(file.shown, header.names)
         self.names = header.names
-        self._header, self._asked = header, asked
+        self._header, self._whole = header, whole
         places = {name: place for place, name in enumerate(header.names)}
-        self._places = [places.get(each.name) for each in asked or ()] if header.names else []
+        self._places = [places.get(each.name) for each in asked] if header.names else []
         self.offset, self.line = offset or header.offset, line if offset else header.line
         self._lines = Lines(file, self.offset, self.line)
         self._records = _Records(self._lines, header.delimiter, how.quote_of(file), how.escape or "")
@@ -89,8 +91,8 @@ class DelimitedReader:
         if problem is None and (len(fields) != width or (width > len(self.names) and fields[-1])):
             problem = f"the record has {len(fields)} fields, {_told_width(self._header)}"
         if problem is not None:
-            return Row([{}] if self._asked is None else [None] * len(self._places), problem, 1, damaged, line)
-        if self._asked is None:
+            return Row([{}] if self._whole else [None] * len(self._places), problem, 1, damaged, line)
+        if self._whole:
             return Row([dict(zip(self.names, fields, strict=False))], line=line)
         return Row([None if place is None else fields[place] for place in self._places], line=line)
 
@@ -164,25 +166,25 @@ def _format(delimiter: str, quote: str, escape: str) -> dict[str, Any]:
     return {"delimiter": delimiter, "escapechar": escape or None, **quoting}
 
 
-def _read_header(file: InputFile, asked: Sequence[Asked] | None, how: Csv) -> _Header:
+def _read_header(file: InputFile, asked: Sequence[Asked], how: Csv) -> _Header:
     """The names (none in an empty file), and where the first record starts.
 
     Raises:
         InputError: the header cannot be read, lacks a column, or has two of a name.
     """
-    needed = {each.name for each in asked or () if each.required}
-    headers: dict[str, _Header] = {}
+    needed = {each.name for each in asked if each.required}
+    headers, wrong = [], []
     for delimiter in _candidates(file, how):
-        headers[delimiter] = _header_by(file, how, delimiter)
-        if needed and needed <= set(headers[delimiter].names):
-            break
-    chosen = headers[delimiter]
-    if not needed or not needed <= set(chosen.names):
-        chosen = max(headers.values(), key=lambda header: len(header.names))
-    if chosen.names and asked is not None:
+        try:
+            headers.append(_header_by(file, how, delimiter))
+        except InputError as error:  # quotes do not end before other delimiters than the file's
+            wrong.append(error)
+    if not headers:
+        raise wrong[0]
+    fitting = [header for header in headers if needed <= set(header.names)]
+    chosen = fitting[0] if fitting else max(headers, key=lambda header: len(header.names))
+    if chosen.names:
         require_columns(file.shown, asked, chosen.names)
-    if asked is None:
-        require_different(file.shown, chosen.names)
     return chosen
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from llm2vec_fast.data.columns import Repeated, names_in, object_of, require_columns, require_different, value_in
+from llm2vec_fast.data.columns import Repeated, names_in, object_of, require_columns, value_in
 from llm2vec_fast.data.inputs import InputFile
 from llm2vec_fast.data.lines import Lines
 from llm2vec_fast.data.rows import MAX_ROW_BYTES, Asked, Row, RowReader
@@ -20,26 +20,28 @@ SAMPLED_ROWS = 100  # to tell a wrong column name from a row that lacks the fiel
 Record = dict[str, Any]
 
 
-def json_reader(file: InputFile, asked: Sequence[Asked] | None, row: int, offset: int, line: int) -> RowReader:
+def json_reader(file: InputFile, asked: Sequence[Asked], row: int, offset: int, line: int, whole: bool) -> RowReader:
     """The reader that a file of JSON needs, whatever its ending.
 
     Raises:
         InputError: it is one object, or lacks a column.
     """
     if is_json_list(file.path, file.compression):
-        return JsonListReader(file, asked, row)
+        return JsonListReader(file, asked, row, whole)
     if file.format == "json" and is_one_object(file.path, file.compression):
         head = head_of(file.path, file.compression).strip()
         if b"\n" in head:
             raise InputError(f"{file.shown} is one JSON object: write its rows as a list of objects, or one a line")
-    return JsonLinesReader(file, asked, offset, line)
+    return JsonLinesReader(file, asked, offset, line, whole)
 
 
 class JsonLinesReader:
     """A JSON object a line. Blank lines count as rows, so that a row's number is its line's, and are bad rows."""
 
-    def __init__(self, file: InputFile, asked: Sequence[Asked] | None, offset: int = 0, line: int = 0) -> None:
-        self._asked = asked
+    def __init__(
+        self, file: InputFile, asked: Sequence[Asked], offset: int = 0, line: int = 0, whole: bool = False
+    ) -> None:
+        self._asked, self._whole = asked, whole
         self.offset, self.line = offset, line
         self.names: Sequence[str] = []
         if offset == 0:
@@ -52,7 +54,7 @@ class JsonLinesReader:
         for content in self._lines:
             self.offset, self.line = self._lines.offset, self._lines.number
             record, problem = parse_object(content, self._lines.forget(), "line")
-            yield row_of(record, problem, self._asked, self.line)
+            yield row_of(record, problem, self._asked, self.line, self._whole)
 
     def _names(self, file: InputFile) -> list[str]:
         lines = Lines(file)
@@ -69,11 +71,11 @@ class JsonListReader:
 
     offset = 0
 
-    def __init__(self, file: InputFile, asked: Sequence[Asked] | None, row: int = 0) -> None:
+    def __init__(self, file: InputFile, asked: Sequence[Asked], row: int = 0, whole: bool = False) -> None:
         wrong = what_it_is_instead(head_of(file.path, file.compression), file.format)
         if wrong is not None:
             raise InputError(f"{file.shown} {wrong}")
-        self._asked, self._row = asked, row
+        self._asked, self._row, self._whole = asked, row, whole
         self.line = 0
         self.names: Sequence[str] = []
         if row == 0:
@@ -88,7 +90,7 @@ class JsonListReader:
                 continue
             self.line = line
             record, problem = parse_object(text, problem, "element")
-            yield row_of(record, problem, self._asked, line)
+            yield row_of(record, problem, self._asked, line, self._whole)
 
     def _names(self, file: InputFile) -> list[str]:
         elements = _Elements(file)
@@ -223,12 +225,14 @@ def parse_object(text: str, problem: str | None, what: str) -> tuple[Record, str
     return record, None
 
 
-def row_of(record: Record, problem: str | None, asked: Sequence[Asked] | None, line: int) -> Row:
-    """The values asked for; a record without its text is a bad one."""
-    if asked is None and isinstance(record, Repeated):
-        problem = f"the row has two fields {min(record.names)!r}"
-    if asked is None or problem is not None:
-        return Row([record] if asked is None else [None] * len(asked), problem, line=line)
+def row_of(record: Record, problem: str | None, asked: Sequence[Asked], line: int, whole: bool) -> Row:
+    """The values asked for, or the whole record; a record without its text is a bad one."""
+    if whole:
+        if isinstance(record, Repeated):
+            problem = f"the row has two fields {min(record.names)!r}"
+        return Row([record], problem, line=line)
+    if problem is not None:
+        return Row([None] * len(asked), problem, line=line)
     values = []
     for name, _, _, text in asked:
         try:
@@ -242,17 +246,15 @@ def row_of(record: Record, problem: str | None, asked: Sequence[Asked] | None, l
     return Row(values, problem, line=line)
 
 
-def sampled_names(file: InputFile, records: Sequence[Record], asked: Sequence[Asked] | None) -> list[str]:
+def sampled_names(file: InputFile, records: Sequence[Record], asked: Sequence[Asked]) -> list[str]:
     """The fields of some records, among which are all that are asked for.
 
     Raises:
         InputError: one is in none of them.
     """
-    found = list(dict.fromkeys(name for record in records for name in names_in(record, asked or ())))
-    if records and asked is not None:
+    found = list(dict.fromkeys(name for record in records for name in names_in(record, asked)))
+    if records:
         require_columns(file.shown, asked, found)
-    if asked is None:
-        require_different(file.shown, found)
     return found
 
 

@@ -83,7 +83,7 @@ def name_in(value: Any) -> str | None:
         value = int(value)
     if value is None or value != value:
         return None
-    shown = str(shown_value(value))
+    shown = str(shown_value(value)).encode("utf-8", "backslashreplace").decode()
     return shown if shown.strip() else None
 
 

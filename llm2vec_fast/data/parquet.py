@@ -31,12 +31,10 @@ class ParquetReader:
     """Reads the columns asked for, a batch at a time, from row ``row`` (0-based) on. Values of types that Python has no
     exact equal of stay arrays of one value."""
 
-    def __init__(self, file: InputFile, asked: Sequence[Asked] | None, row: int = 0) -> None:
+    def __init__(self, file: InputFile, asked: Sequence[Asked], row: int = 0) -> None:
         self._file = open_parquet(file)
         schema = self._file.schema_arrow
         self.names = schema.names
-        self._whole = asked is None
-        asked = [Asked(name, name) for name in schema.names] if asked is None else asked
         self._places = {each.name: place for each in asked if (place := find_column(schema, each.name)) is not None}
         nested = [name for name, place in self._places.items() if len(place.path) > 1]
         require_columns(file.shown, asked, [*schema.names, *nested])
@@ -96,7 +94,7 @@ class ParquetReader:
         nothing = [None] * batch.num_rows
         columns = {name: python_values(column_at(batch, place.path)) for name, place in self._places.items()}
         for values in zip(*(columns.get(each.name, nothing) for each in self._asked), strict=True):
-            yield Row([dict(zip(self.names, values, strict=True))] if self._whole else values)
+            yield Row(values)
 
 
 def open_parquet(file: InputFile) -> pq.ParquetFile:

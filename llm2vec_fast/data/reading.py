@@ -23,13 +23,21 @@ CHECK_EVERY = 1024  # rows between two looks at the stop flag
 
 
 def open_reader(
-    file: InputFile, asked: Sequence[Asked] | None, how: Csv, row: int = 0, offset: int = 0, line: int = 0
+    file: InputFile,
+    asked: Sequence[Asked],
+    how: Csv,
+    row: int = 0,
+    offset: int = 0,
+    line: int = 0,
+    *,
+    whole: bool = False,
 ) -> RowReader:
     """A reader that goes on after ``row`` rows, where ``offset`` and ``line`` are those that a reader had there.
 
     Args:
-        asked: the columns; None for one value a row, a record of all columns by name.
+        asked: the columns.
         how: of csv and tsv files.
+        whole: a row has one value, a record of all its columns by name; not of parquet files, see `read_table`.
 
     Raises:
         InputError: a column is missing (the message names those there are) or there twice, or the file is not of its
@@ -38,13 +46,13 @@ def open_reader(
     if file.format == "parquet":
         return ParquetReader(file, asked, row)
     if file.format in JSON:
-        return json_reader(file, asked, row, offset, line)
+        return json_reader(file, asked, row, offset, line, whole)
     if file.format == "txt":
-        return TextReader(file, asked, offset, line)
-    return DelimitedReader(file, asked, how, offset, line)
+        return TextReader(file, asked, offset, line, whole)
+    return DelimitedReader(file, asked, how, offset, line, whole)
 
 
-def rows_of(file: InputFile, asked: Sequence[Asked] | None, how: Csv) -> Iterator[Row]:
+def rows_of(file: InputFile, asked: Sequence[Asked], how: Csv, *, whole: bool = False) -> Iterator[Row]:
     """All rows of a file; the damaged rest of one comes as one bad row, which is damaged.
 
     Raises:
@@ -54,7 +62,7 @@ def rows_of(file: InputFile, asked: Sequence[Asked] | None, how: Csv) -> Iterato
         return
     count = 0
     try:
-        reader = open_reader(file, asked, how)
+        reader = open_reader(file, asked, how, whole=whole)
         try:
             for row in reader:
                 count += row.rows
@@ -64,7 +72,7 @@ def rows_of(file: InputFile, asked: Sequence[Asked] | None, how: Csv) -> Iterato
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"input {file.shown} cannot be read: {error.strerror}") from error
-        yield damaged_from(count + 1, error, len(asked or [None]))
+        yield damaged_from(count + 1, error, len(asked))
 
 
 def texts_of(file: InputFile, asked: Asked, how: Csv) -> Iterator[str | Problem]:
@@ -88,7 +96,7 @@ def damaged_from(row: int, error: BaseException, columns: int) -> Row:
     return Row([None] * columns, reason, rows=0, damaged=True)
 
 
-def check_heads(files: Sequence[InputFile], asked: Sequence[Asked] | None, how: Csv, verb: str = "read") -> list[str]:
+def check_heads(files: Sequence[InputFile], asked: Sequence[Asked], how: Csv, verb: str = "read") -> list[str]:
     """Look at the head of every file before the work begins. Returns sentences about what a user may not expect.
 
     Raises:
@@ -105,7 +113,7 @@ def check_heads(files: Sequence[InputFile], asked: Sequence[Asked] | None, how: 
     return told
 
 
-def _check_head(file: InputFile, asked: Sequence[Asked] | None, how: Csv) -> list[str]:
+def _check_head(file: InputFile, asked: Sequence[Asked], how: Csv) -> list[str]:
     told = []
     try:
         open_reader(file, asked, how).close()

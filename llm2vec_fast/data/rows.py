@@ -121,7 +121,8 @@ def text_of(value: Any, what: str = "text") -> tuple[str, str | None]:
         return "", f"the {what} is not a string but {type(value).__name__} {str(value)[:40]!r}"
     if not value or value.isspace():
         return "", f"the {what} is empty"
-    return value, half_character(value, what)
+    wrong = half_character(value, what)
+    return ("" if wrong else value), wrong
 
 
 def half_character(text: str, what: str) -> str | None:

@@ -15,7 +15,7 @@ from llm2vec_fast.data.delimited import Csv
 from llm2vec_fast.data.inputs import InputFile
 from llm2vec_fast.data.parquet import column_at, find_column, read_table
 from llm2vec_fast.data.reading import rows_of
-from llm2vec_fast.data.rows import Problem
+from llm2vec_fast.data.rows import Asked, Problem
 from llm2vec_fast.data.values import python_values
 from llm2vec_fast.errors import InputError, UserError
 
@@ -105,8 +105,12 @@ class RecordRows(Rows):
         return pa.table({name: _typed(name, [row.get(name) for row in self.values]) for name in self.names})
 
 
-def all_rows(files: Sequence[InputFile], csv: Csv) -> tuple[Rows, list[Problem]]:
-    """All rows of some files, and those that cannot be read. Values of csv and tsv files are strings.
+def all_rows(files: Sequence[InputFile], asked: Sequence[Asked], csv: Csv) -> tuple[Rows, list[Problem]]:
+    """All rows of some files with all their columns, and those that cannot be read. Values of csv and tsv files are
+    strings.
+
+    Args:
+        asked: columns that they need to have.
 
     Raises:
         InputError: a file is damaged, empty or not of its format, or parquet is among other formats.
@@ -123,7 +127,7 @@ def all_rows(files: Sequence[InputFile], csv: Csv) -> tuple[Rows, list[Problem]]
     problems = []
     for file in files:
         number = 1
-        for row in rows_of(file, None, csv):
+        for row in rows_of(file, asked, csv, whole=True):
             if row.damaged:
                 raise InputError(f"{file.shown}: {row.problem}")
             if row.problem is None:

@@ -13,17 +13,15 @@ NAME = "text"
 
 
 class TextReader:
-    """A text a line; its only column is "text", whatever the text column of other files is called.
-
-    Args:
-        asked: columns; None for a record of all, as with every reader.
-    """
+    """A text a line; its only column is "text", whatever the text column of other files is called."""
 
     names = (NAME,)
 
-    def __init__(self, file: InputFile, asked: Sequence[Asked] | None, offset: int = 0, line: int = 0) -> None:
-        require_columns(file.shown, [each for each in asked or () if not each.text], self.names)
-        self._asked = asked
+    def __init__(
+        self, file: InputFile, asked: Sequence[Asked], offset: int = 0, line: int = 0, whole: bool = False
+    ) -> None:
+        require_columns(file.shown, [each for each in asked if not each.text], self.names)
+        self._asked, self._whole = asked, whole
         self._lines = Lines(file, offset, line)
         self.offset, self.line = offset, line
         self.consumed = self._lines.consumed
@@ -33,7 +31,7 @@ class TextReader:
         for content in self._lines:
             text = content.rstrip("\r\n")
             self.offset, self.line = self._lines.offset, self._lines.number
-            if self._asked is None:
+            if self._whole:
                 values = [{NAME: text}]
             else:
                 values = [text if each.text or each.name == NAME else None for each in self._asked]

@@ -60,13 +60,13 @@ def read_mining_texts(
         settings.encoder.csv,
         PairColumns(settings.query_column, settings.positive_column, (), settings.id_column),
     )
-    for sentence in check_heads(pairs, columns.asked("--{}-column"), csv):
+    asked = columns.asked("--{}-column")
+    for sentence in check_heads(pairs, asked, csv):
         notify(sentence)
-    found, problems = all_rows(pairs, csv)
+    found, problems = all_rows(pairs, asked, csv)
     total = len(found.places) + len(problems)
     some, kept = [], []
-    asked = [found.column(each.name) for each in columns.asked("--{}-column")]
-    for i, values in enumerate(zip(*asked, strict=True)):
+    for i, values in enumerate(zip(*(found.column(each.name) for each in asked), strict=True)):
         pair, wrong = columns.pair(values)
         if wrong is None:
             some.append(pair)

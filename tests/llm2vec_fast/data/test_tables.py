@@ -41,7 +41,7 @@ WHOLE = [{**KEPT[0], "negative": ["n", "m"], "score": 0.5}, {**KEPT[1], "negativ
 
 
 def read(*paths: Path) -> tuple[Rows, list[Problem]]:
-    return all_rows(find_inputs(list(map(str, paths))), Csv())
+    return all_rows(find_inputs(list(map(str, paths))), [], Csv())
 
 
 def written(path: Path, *, to: str) -> Path:
