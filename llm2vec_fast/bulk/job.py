@@ -99,7 +99,7 @@ def embed(
     """
     stop, folder = stop or threading.Event(), folder.expanduser()
     _require_free_names(settings)
-    files = find_inputs(patterns, folder, notify)
+    files = find_inputs(patterns, [folder], notify)
     prepare(folder)
     with only_job(folder / JOB_FOLDER, folder):
         manifest = open_manifest(folder, settings, files, notify, lambda found: _end_if_stopped(found, stop))

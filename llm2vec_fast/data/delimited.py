@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +27,7 @@ class Csv:
 
     ``delimiter`` parts fields (default: a tab in .tsv, else the one of , ; tab | that fits the header), ``quote`` is
     around them (default: " in .csv, none in .tsv; "" for none), ``escape`` stands before a quote inside (default: none,
-    such a quote is doubled).
+    such a quote is doubled). An escape before a letter that needs none is a letter itself.
     """
 
     delimiter: str | None = None
@@ -68,6 +69,7 @@ class DelimitedReader:
         if whole:
             require_different(file.shown, header.names)
         self.names = header.names
+        self.ends_in_delimiter = header.width > len(header.names)
         self._header, self._whole = header, whole
         places = {name: place for place, name in enumerate(header.names)}
         self._places = [places.get(each.name) for each in asked] if header.names else []
@@ -127,8 +129,13 @@ class _Records:
                 yield [], *self._problem(error, first), first
 
     def _source(self) -> Iterator[str]:
+        """The lines, with an escape doubled where it stands before a letter that needs none: csv would drop it."""
+        escape, meant = self._escape, self._quote + self._delimiter + self._escape + "\r\n"
+        escaped = re.compile(re.escape(escape) + "(.)", re.DOTALL)
         for line in self._lines:
             self._read.append(line)
+            if escape and escape in line:
+                line = escaped.sub(lambda found: found[0] if found[1] in meant else escape + found[0], line)
             yield line
 
     def _problem(self, error: csv.Error, first: int) -> tuple[str, bool]:
@@ -142,6 +149,8 @@ class _Records:
             reason = f"the quote that opens in line {opened} is not closed within {MAX_ROW_BYTES >> 20} MiB"
             return f"{reason}: the file is not read from line {first} on", True
         where = f"the record in line {first}" if first == last else f"the record in lines {first} to {last}"
+        if "new-line character" in str(error):
+            return f"{where} cannot be read: a carriage return stands in it outside quotes", False
         hint = "a quote inside quotes is doubled, or give --csv-escape or --csv-quote none"
         return f"{where} cannot be read: {error} ({hint})", False
 
@@ -183,6 +192,9 @@ def _read_header(file: InputFile, asked: Sequence[Asked], how: Csv) -> _Header:
         raise wrong[0]
     fitting = [header for header in headers if needed <= set(header.names)]
     chosen = fitting[0] if fitting else max(headers, key=lambda header: len(header.names))
+    bare = {name.strip('"') for name in chosen.names if len(name) > 1 and name[0] == name[-1] == '"'}
+    if bare and not fitting and needed <= bare and not how.quote_of(file):
+        raise InputError(f"{file.shown} has its columns' names in quotes: give --csv-quote '\"'")
     if chosen.names:
         require_columns(file.shown, asked, chosen.names)
     return chosen
@@ -213,7 +225,9 @@ def _header_by(file: InputFile, how: Csv, delimiter: str) -> _Header:
         sampled = [fields for fields, *_ in islice(records, SAMPLED_ROWS) if fields]
     finally:
         lines.close()
-    longer = bool(sampled) and all(len(fields) == len(names) + 1 and not fields[-1] for fields in sampled)
+    longer = (
+        len(names) > 1 and bool(sampled) and all(len(fields) == len(names) + 1 and not fields[-1] for fields in sampled)
+    )
     return _Header(delimiter, names, len(names) + longer, offset, number)
 
 

@@ -60,12 +60,12 @@ class InputFile:
 
 
 def find_inputs(
-    patterns: Sequence[str], exclude: Path | None = None, notify: Notify = lambda sentence: None
+    patterns: Sequence[str], exclude: Sequence[Path] = (), notify: Notify = lambda sentence: None
 ) -> list[InputFile]:
     """Expand files, folders (searched recursively) and globs, ``~`` too, in a reproducible order.
 
     Arguments keep their order, what a folder or glob yields is sorted, and a path met twice is read once. Links are
-    followed, as globs follow them. Nothing below ``exclude`` (the output folder) is taken from a folder or a glob, and
+    followed, as globs follow them. Nothing of or below ``exclude`` (the output) is taken from a folder or a glob, and
     of a folder no name that begins with a dot or an underscore, as other readers of datasets pass over these.
 
     Args:
@@ -74,7 +74,7 @@ def find_inputs(
     Raises:
         InputError: nothing matches; a file is of an unknown format, unreadable or no file; or links go round.
     """
-    excluded = exclude.resolve() if exclude is not None else None
+    excluded = [path.resolve() for path in exclude]
     paths: dict[Path, None] = {}
     for pattern in patterns:
         for path in _expand(pattern, excluded, notify):
@@ -137,7 +137,7 @@ class _PassedOver:
         notify(f"{printable(place)}: {count:,} {'is' if count == 1 else 'are'} passed over: {'; '.join(kinds)}")
 
 
-def _expand(pattern: str, excluded: Path | None, notify: Notify) -> list[Path]:
+def _expand(pattern: str, excluded: Sequence[Path], notify: Notify) -> list[Path]:
     path = Path(pattern)
     if not path.exists() and pattern.startswith("~"):
         pattern = os.path.expanduser(pattern)
@@ -156,7 +156,7 @@ def _expand(pattern: str, excluded: Path | None, notify: Notify) -> list[Path]:
     return _match(pattern, excluded, notify)
 
 
-def _walk(folder: Path, excluded: Path | None, notify: Notify) -> list[Path]:
+def _walk(folder: Path, excluded: Sequence[Path], notify: Notify) -> list[Path]:
     passed = _PassedOver()
     found = sorted(_files_below(folder, excluded, (), passed))
     passed.tell(str(folder), notify)
@@ -165,12 +165,12 @@ def _walk(folder: Path, excluded: Path | None, notify: Notify) -> list[Path]:
     return found
 
 
-def _files_below(folder: Path, excluded: Path | None, above: tuple[str, ...], passed: _PassedOver) -> Iterator[Path]:
+def _files_below(folder: Path, excluded: Sequence[Path], above: tuple[str, ...], passed: _PassedOver) -> Iterator[Path]:
     """``above`` holds the real paths of the folders that led here."""
     real = os.path.realpath(folder)
     if real in above:
         raise InputError(f"the link {printable(folder)} leads back to {printable(real)}, round and round: remove it")
-    if excluded is not None and Path(real).is_relative_to(excluded):
+    if _is_below(folder, excluded):
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -178,7 +178,7 @@ def _files_below(folder: Path, excluded: Path | None, above: tuple[str, ...], pa
         raise InputError(f"folder {printable(folder)} cannot be read: {error.strerror}") from error
     for entry in entries:
         path = folder / entry.name
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or _is_below(path, excluded):
             continue
         if entry.name.startswith("_"):
             passed.add("of a name that begins with _", path)
@@ -188,6 +188,10 @@ def _files_below(folder: Path, excluded: Path | None, above: tuple[str, ...], pa
             passed.add("links to nothing", path)
         elif _is_read(path, passed):
             yield path
+
+
+def _is_below(path: Path, folders: Sequence[Path]) -> bool:
+    return any(path.resolve().is_relative_to(folder) for folder in folders)
 
 
 def _is_read(path: Path, passed: _PassedOver) -> bool:
@@ -201,11 +205,11 @@ def _is_read(path: Path, passed: _PassedOver) -> bool:
     return kind is not None
 
 
-def _match(pattern: str, excluded: Path | None, notify: Notify) -> list[Path]:
+def _match(pattern: str, excluded: Sequence[Path], notify: Notify) -> list[Path]:
     found, passed = [], _PassedOver()
     for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
         _refuse_loop(path)
-        if excluded is not None and path.resolve().is_relative_to(excluded):
+        if _is_below(path, excluded):
             continue
         if path.is_dir():
             if "**" not in pattern:

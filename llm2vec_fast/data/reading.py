@@ -116,7 +116,10 @@ def check_heads(files: Sequence[InputFile], asked: Sequence[Asked], how: Csv, ve
 def _check_head(file: InputFile, asked: Sequence[Asked], how: Csv) -> list[str]:
     told = []
     try:
-        open_reader(file, asked, how).close()
+        reader = open_reader(file, asked, how)
+        reader.close()
+        if isinstance(reader, DelimitedReader) and reader.ends_in_delimiter:
+            told.append(f"{file.shown} has a delimiter at the end of its rows that the header has not: it is left out")
         if file.format != "parquet" and has_mac_line_ends(head_of(file.path, file.compression)):
             told.append(f"{file.shown} has no line feeds: carriage returns are taken for the ends of its lines")
         if keeps_quotes(file, how):

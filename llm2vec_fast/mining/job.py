@@ -90,13 +90,14 @@ def mine(
     if output.suffix.lower() not in WRITERS:
         raise OutputError(f"{output} is of a format that its name does not tell: end it in {' or '.join(WRITERS)}")
     folder = output.with_name(f"{output.name}.mining")
-    files = find_inputs(pairs, output, notify)
-    more = find_inputs(corpora, output, notify) if corpora else []
+    listing = output.with_name(f"{output.name}.errors.jsonl")
+    files = find_inputs(pairs, [output, folder, listing], notify)
+    more = find_inputs(corpora, [output, folder, listing], notify) if corpora else []
     _prepare(folder, output)
     with _working_in(folder, output):
         _require_absent(output)  # a job that had the lock until now may have written it
         _open(folder, [*files, *more], settings)
-        texts = read_mining_texts(files, more, settings, output.with_name(f"{output.name}.errors.jsonl"), notify)
+        texts = read_mining_texts(files, more, settings, listing, notify)
         # What does not fit a parquet file is told before the work is done.
         rows = TableRows(texts.rows.table(), texts.rows.places) if _is_parquet(output) else texts.rows
         notify(f"{len(texts.queries):,} queries, {len(texts.documents):,} documents")

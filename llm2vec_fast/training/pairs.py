@@ -75,7 +75,7 @@ class Pairs(DrawnAnew):
 
 def _read(entry: str, arguments: ContrastiveArguments, listing: Path | None, notify: Callable[[str], None]) -> Dataset:
     """One entry's rows: ``query``, ``positives`` and ``negatives`` (lists) and ``thing`` (None for no name)."""
-    files = find_inputs([entry], notify=notify)
+    files = find_inputs([entry], [Path(arguments.output_dir)], notify)
     columns = PairColumns(
         arguments.query_column,
         arguments.positive_column,

@@ -38,6 +38,7 @@ def read_texts(
     csv: Csv = Csv(),  # noqa: B008 - it is frozen
     listing: Path | None = None,
     notify: Callable[[str], None] = logger.warning,
+    exclude: Sequence[Path] = (),
 ) -> Dataset:
     """One column ``text`` of texts, a row a text.
 
@@ -47,11 +48,12 @@ def read_texts(
         csv: how csv and tsv files are written.
         listing: gets a line for each row that is left out, the first of them at least.
         notify: takes sentences about what is left out or passed over.
+        exclude: folders of which nothing is taken from a folder or a glob.
 
     Raises:
         UserError: a file is missing, of an unknown format, damaged or without the column, or no row has a text.
     """
-    files = find_inputs(entries, notify=notify)
+    files = find_inputs(entries, exclude, notify)
     asked = Asked(text_column, "text_column", text=True)
     for sentence in check_heads(files, [asked], csv):
         notify(sentence)
@@ -67,10 +69,10 @@ def read_texts(
 
 def read_texts_of(arguments: MntpArguments | SimcseArguments, files: Sequence[str]) -> Dataset:
     """`read_texts` of a stage; one process of several speaks."""
+    settings = {"text_column": arguments.text_column, "csv": arguments.csv, "exclude": [Path(arguments.output_dir)]}
     if arguments.process_index:
-        return read_texts(files, arguments.text_column, arguments.csv, notify=lambda sentence: None)
-    listing = arguments.listing(validation=files is arguments.validation_file)
-    return read_texts(files, arguments.text_column, arguments.csv, listing)
+        return read_texts(files, **settings, notify=lambda sentence: None)
+    return read_texts(files, **settings, listing=arguments.listing(validation=files is arguments.validation_file))
 
 
 def cached(generate: Callable[..., Iterator[dict[str, Any]]], features: Features, **arguments: Any) -> Dataset:

@@ -30,7 +30,7 @@ def fake(*arguments: object, **extra: str) -> Result:
 
 def execute(command: list[str], arguments: tuple[object, ...], extra: dict[str, str]) -> Result:
     words = [*command, *map(str, arguments)]
-    return subprocess.run(words, env=ENVIRONMENT | extra, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, env=ENVIRONMENT | extra, capture_output=True, text=True, errors="replace", timeout=300)
 
 
 def assert_one_sentence(result: Result, *words: str, code: int = 1) -> None:

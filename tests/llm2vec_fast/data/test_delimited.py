@@ -76,6 +76,22 @@ def test_a_quote_escaped_by_a_backslash_is_refused_until_told(tmp_path: Path) ->
     assert good(told) == [['he said "hi" to me', "1"], ["b", "2"]]
 
 
+def test_an_escape_that_is_needless_stays(tmp_path: Path) -> None:
+    """A path of Windows, a regular expression: csv would drop its backslashes."""
+    how = Csv(escape="\\")
+    content = 'id,text\n1,"C:\\new \\"x\\" \\\\ \\d"\n2,a\\,b\n3,\\\n,c\n'
+    assert good(read(tmp_path / "a.csv", content, how=how))[:2] == [['C:\\new "x" \\ \\d', "1"], ["a,b", "2"]]
+    assert good(read(tmp_path / "a.tsv", "id\ttext\n1\ta\\tb\n", how=how)) == [["a\\tb", "1"]]
+
+
+def test_what_a_reader_of_tsv_may_trip_over_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.tsv has its columns' names in quotes: give --csv-quote"):
+        read(tmp_path / "a.tsv", '"id"\t"text"\n"1"\t"a"\n')
+    rows = read(tmp_path / "a.csv", "id,text\n1,a\rb\n2,c\n")
+    assert bad(rows) == {2: "the record in line 2 cannot be read: a carriage return stands in it outside quotes"}
+    assert good(read(tmp_path / "a.tsv", "id\ttext\n1\ta\rb\n")) == [["a\rb", "1"]]
+
+
 def test_quotes_may_be_others_or_none(tmp_path: Path) -> None:
     content = "id,text\n1,'a, \"b\"'\n"
     assert good(read(tmp_path / "a.csv", content, how=Csv(quote="'"))) == [['a, "b"', "1"]]
@@ -90,6 +106,13 @@ def test_a_delimiter_at_the_end_of_every_row_shifts_nothing(tmp_path: Path) -> N
     assert len(good(mixed)) == 101
     told = "the header has 2, and others end in a delimiter"
     assert bad(mixed) == {102: f"the record has 2 fields, {told}", 103: f"the record has 3 fields, {told}"}
+
+
+def test_a_delimiter_at_the_end_of_every_row_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\n1,a,\n2,b,\n")
+    [sentence] = check_heads(find_inputs([str(tmp_path / "a.csv")]), Columns().asked, Csv())
+    assert sentence.endswith("a.csv has a delimiter at the end of its rows that the header has not: it is left out")
+    assert bad(read(tmp_path / "a.csv", "text\nwell,\n", Columns())) == {2: "the record has 2 fields, the header has 1"}
 
 
 def test_a_delimiter_at_the_end_of_some_rows_is_refused(tmp_path: Path) -> None:

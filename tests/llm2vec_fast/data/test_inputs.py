@@ -29,7 +29,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def names(*patterns: object, exclude: Path = Path("nowhere")) -> list[str]:
-    return [file.name for file in find_inputs([str(pattern) for pattern in patterns], exclude)]
+    return [file.name for file in find_inputs([str(pattern) for pattern in patterns], [exclude])]
 
 
 def test_a_folder_gives_its_known_files_sorted_and_never_the_output(corpus: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_cannot_be_read_is_refused_by_name(corpus: Path, pattern: str, mess
 
 def told(*patterns: object) -> list[str]:
     said: list[str] = []
-    find_inputs([str(pattern) for pattern in patterns], None, said.append)
+    find_inputs([str(pattern) for pattern in patterns], notify=said.append)
     return said
 
 

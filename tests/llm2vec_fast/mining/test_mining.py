@@ -357,6 +357,6 @@ def test_pairs_and_documents_may_be_folders_of_any_format(run, rows, tmp_path: P
     with gzip.open(tmp_path / "in" / "b.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows[20:])
     settings = MiningSettings(EmbedSettings(str(model), rows_per_shard=10, device="cpu"), share=1.0)
-    for name, given in {"folder": str(tmp_path / "in"), "glob": str(tmp_path / "in" / "*")}.items():
+    for name, given in {"in/folder": str(tmp_path / "in"), "glob": str(tmp_path / "in" / "[ab].*")}.items():
         mine([given], tmp_path / f"{name}.jsonl", settings, load=lambda settings: FakeEncoder())
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()

@@ -336,8 +336,8 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        ({"text": "a", "positive": "b"}, {}, r"rows.jsonl has no column 'query': there are text, positive"),
-        ({"query": "a"}, {}, r"has no column 'positive': there are query"),
+        ({"text": "a", "positive": "b"}, {}, r"rows.jsonl has no column 'query' .query_column.: its"),
+        ({"query": "a"}, {}, r"has no column 'positive' .positive_column.: its"),
         ({"query": "a", "positive": "b"}, {"negative_columns": ["hard"]}, "has no column 'hard'"),
         ({"query": "a", "positive": "b"}, {"id_column": "name"}, "has no column 'name'"),
         ({"query": " ", "positive": "b"}, {}, "has no row with a text in 'query' and in 'positive'"),

@@ -219,7 +219,7 @@ def test_equal_texts_are_one_thing() -> None:
             {"per_device_train_batch_size": 61},
             "a batch takes 61 rows and the largest training file has 60",
         ),
-        ({"train_file": ["{tmp}/other.jsonl"]}, "other.jsonl has no column 'text': there are words"),
+        ({"train_file": ["{tmp}/other.jsonl"]}, "other.jsonl has no column 'text' .text_column.: its"),
         ({"train_file": ["{tmp}/empty.txt"]}, "empty.txt has no text in column 'text'"),
         ({"lora_target_modules": ["q_projj"]}, "lora_target_modules=q_projj does not fit LlamaModel"),
         ({"matryoshka_dims": [16, 128]}, "matryoshka_dims has 128 and the model has 64 dimensions"),
