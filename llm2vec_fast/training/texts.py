@@ -82,7 +82,7 @@ def cached(generate: Callable[..., Iterator[dict[str, Any]]], features: Features
     Raises:
         UserError: that of the function.
     """
-    places = sorted(Path(str(data.__file__)).parent.glob("*.py"))
+    places = [*sorted(Path(str(data.__file__)).parent.glob("*.py")), Path(generate.__code__.co_filename)]
     code = hashlib.sha256(b"".join(place.read_bytes() for place in places)).hexdigest()
     try:
         return Dataset.from_generator(generate, features=features, gen_kwargs={**arguments, "code": code})

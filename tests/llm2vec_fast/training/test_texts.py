@@ -10,6 +10,7 @@ import pytest
 
 from llm2vec_fast.data.delimited import Csv
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.training import texts as module
 from llm2vec_fast.training.texts import read_texts
 
 
@@ -101,6 +102,18 @@ def test_several_files_are_one_in_their_order_whatever_their_formats(tmp_path: P
     (tmp_path / "c" / "d.tsv").write_text('id\ttext\n1\t"d\n')
     texts, _ = texts_of(tmp_path / "b.jsonl", tmp_path / "a.txt", tmp_path / "c", tmp_path / "*.jsonl")
     assert texts == ["b", "a", '"d']
+
+
+def test_other_readers_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of the readers decides what was read, too: a release that reads better finds nothing of an older one."""
+    (tmp_path / "a.txt").write_text("one\n")
+    assert texts_of(tmp_path / "a.txt")[0] == ["one"]
+    monkeypatch.setattr(module, "text_of", lambda value: (value.upper(), None))
+    assert texts_of(tmp_path / "a.txt")[0] == ["one"], "nothing is kept, and this test tells nothing"
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "lines.py").write_text("other code")
+    monkeypatch.setattr(module.data, "__file__", str(tmp_path / "room" / "__init__.py"))
+    assert texts_of(tmp_path / "a.txt")[0] == ["ONE"]
 
 
 def test_another_content_or_another_setting_is_read_anew(tmp_path: Path) -> None:
