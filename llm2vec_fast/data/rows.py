@@ -96,12 +96,12 @@ class LeftOut:
             if len(self.first) < SHOWN_PROBLEMS:
                 self.first.append(problem)
 
-    def sentence(self, where: str | None = None) -> str:
+    def sentence(self, where: str | None = None, what: str = "them all") -> str:
         """ "3 of 200 rows are left out: a.jsonl:7 (the text is null), …; errors.jsonl lists them all"."""
         shown = ", ".join(f"{problem.place} ({problem.reason})" for problem in self.first)
         more = ", …" if self.count > len(self.first) else ""
         verb = "is" if self.count == 1 else "are"
-        listed = f"; {where} lists them all" if where and more else ""
+        listed = f"; {where} lists {what}" if where and more else ""
         return f"{self.count:,} of {self.rows:,} rows {verb} left out: {shown}{more}{listed}"
 
 

@@ -22,7 +22,7 @@ from llm2vec_fast.data.inputs import InputFile, find_inputs
 from llm2vec_fast.data.reading import check_heads, rows_of
 from llm2vec_fast.data.rows import Asked, LeftOut, Problem, Row, text_of
 from llm2vec_fast.errors import InputError, UserError
-from llm2vec_fast.jobs.files import json_bytes
+from llm2vec_fast.jobs.files import json_bytes, replacing
 from llm2vec_fast.training.arguments import MntpArguments, SimcseArguments
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,10 @@ def cached(generate: Callable[..., Iterator[dict[str, Any]]], features: Features
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+    except ValueError as error:
+        if "no data" not in str(error):  # what the library says of no rows
+            raise
+        return Dataset.from_dict({name: [] for name in features}, features=features)
 
 
 def places_of(file: InputFile, rows: Iterator[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
@@ -108,31 +112,30 @@ def places_of(file: InputFile, rows: Iterator[Row]) -> Iterator[tuple[Row, dict[
 
 def whole_rows(rows: Dataset) -> Dataset:
     """Those that nothing is wrong with."""
-    if rows.data["problem"].null_count == len(rows):
+    if rows.data.column("problem").null_count == len(rows):
         return rows
     return rows.filter(lambda problems: [x is None for x in problems], input_columns=["problem"], batched=True)
 
 
 def tell_left_out(rows: Dataset, listing: Path | None, notify: Callable[[str], None]) -> Problem | None:
     """Say which rows are left out, and list them. Returns the first."""
-    places = pc.indices_nonzero(pc.is_valid(rows.data["problem"])).to_pylist()
+    places = pc.indices_nonzero(pc.is_valid(rows.data.column("problem"))).to_pylist()
     if listing is not None:
         listing.unlink(missing_ok=True)  # of an earlier run
     if not places:
         return None
-    left, known = LeftOut(len(rows)), rows.select_columns(list(PLACE)).select(places[:LISTED])
-    problems = (Problem(row["file"], row["row"], None, row["problem"], line=row["line"]) for row in known)
-    if listing is None:
-        left.add(problems)
-    else:
-        listing.parent.mkdir(parents=True, exist_ok=True)
-        with open(listing, "wb") as file:
-            for problem in problems:
-                left.add([problem])
-                file.write(json_bytes(problem.as_json()) + b"\n")
+    known = rows.select_columns(list(PLACE)).select(places[:LISTED])
+    problems = [Problem(row["file"], row["row"], None, row["problem"], line=row["line"]) for row in known]
+    left = LeftOut(len(rows))
+    left.add(problems)
     left.count = len(places)
-    notify(left.sentence(None if listing is None else str(listing)))
-    return left.first[0]
+    if listing is not None:
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(listing) as file:
+            file.writelines(json_bytes(problem.as_json()) + b"\n" for problem in problems)
+    what = "them all" if len(places) <= LISTED else f"the first {LISTED:,}"
+    notify(left.sentence(None if listing is None else str(listing), what))
+    return problems[0]
 
 
 def named(files: Sequence[InputFile]) -> str:

@@ -252,3 +252,19 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match=r"corpus\.parquet is not a Parquet file that can be read: "):
         reader_of(described(tmp_path / "corpus.parquet"), Columns())
+
+
+def test_parquet_columns_with_dots_in_their_names(tmp_path: Path) -> None:
+    """A name of its own goes before a field inside another; lists, and fields whose names have dots, are found."""
+    table = pa.table({
+        "a": [{"b": "inner", "x.y": 1, "deep": {"t": "d"}}, None], "a.b": ["own", "own"], "aa": ["other", "other"],
+        "l.i.s": [["x"], []], "text": ["t", "u"],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "a.parquet")
+    file = described(tmp_path / "a.parquet")
+    rows = rows_of(file, Columns("text", None, ("a.b", "a.x.y", "a.deep.t", "aa", "l.i.s")))
+    assert rows[0].kept[:4] == ["own", 1, "d", "other"]
+    assert rows[0].kept[4].to_pylist() == [["x"]]
+    assert rows[1].kept[:4] == ["own", None, None, "other"]
+    with pytest.raises(InputError, match=r"has no column 'a\.c'"):
+        reader_of(file, Columns("a.c"))

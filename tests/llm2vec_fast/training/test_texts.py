@@ -48,6 +48,8 @@ def texts_of(*files: object, **options: object) -> tuple[list[str], list[str]]:
             b'text\na\n"b\nc\n',
             "a.csv: the quote that opens in line 3 is never closed: lines 3 to 4",
         ),
+        ("a.csv", b"id,text\n", "a.csv has no text in column 'text': check the file$"),
+        ("a.json", b"[]", "a.json has no text in column 'text': check the file$"),
         ("a.txt.gz", b"\x1f\x8b\x08 not gzip", "a.txt.gz: from row 1 on the file cannot be read"),
     ],
 )
@@ -93,6 +95,19 @@ def test_rows_that_are_no_texts_are_counted_named_and_listed(tmp_path: Path, aga
     assert sentence.endswith(f", …; {listing} lists them all")
     listed = [json.loads(line) for line in listing.read_text().splitlines()]
     assert [(each["file"], each["line"]) for each in listed] == [("a.jsonl", line) for line in (2, 3, 5, 6, 7)]
+
+
+def test_of_many_rows_the_first_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LISTED", 5)
+    (tmp_path / "a.txt").write_text("a\n" + "\n" * 9)
+    _, [sentence] = texts_of(tmp_path / "a.txt", listing=tmp_path / "errors.jsonl")
+    assert sentence.startswith("9 of 10 rows are left out: a.txt:2 (the text is empty), ")
+    assert sentence.endswith("errors.jsonl lists the first 5")
+    assert len((tmp_path / "errors.jsonl").read_text().splitlines()) == 5
+    texts_of(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("a\n")
+    assert texts_of(tmp_path / "a.txt", listing=tmp_path / "errors.jsonl") == (["a"], [])
+    assert not (tmp_path / "errors.jsonl").exists(), "a list of an earlier run is left"
 
 
 def test_several_files_are_one_in_their_order_whatever_their_formats(tmp_path: Path) -> None:
