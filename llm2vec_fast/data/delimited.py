@@ -68,7 +68,7 @@ class DelimitedReader:
         header = _read_header(file, asked, how)
         if whole:
             require_different(file.shown, header.names)
-        self.names = header.names
+        self._names = header.names
         self.ends_in_delimiter = header.width > len(header.names)
         self._header, self._whole = header, whole
         places = {name: place for place, name in enumerate(header.names)}
@@ -90,12 +90,12 @@ class DelimitedReader:
 
     def _row(self, fields: list[str], problem: str | None, damaged: bool, line: int) -> Row:
         width = self._header.width
-        if problem is None and (len(fields) != width or (width > len(self.names) and fields[-1])):
+        if problem is None and (len(fields) != width or (width > len(self._names) and fields[-1])):
             problem = f"the record has {len(fields)} fields, {_told_width(self._header)}"
         if problem is not None:
             return Row([{}] if self._whole else [None] * len(self._places), problem, 1, damaged, line)
         if self._whole:
-            return Row([dict(zip(self.names, fields, strict=False))], line=line)
+            return Row([dict(zip(self._names, fields, strict=False))], line=line)
         return Row([None if place is None else fields[place] for place in self._places], line=line)
 
 

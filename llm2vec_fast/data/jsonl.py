@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,11 +13,12 @@ from llm2vec_fast.data.inputs import InputFile
 from llm2vec_fast.data.lines import Lines
 from llm2vec_fast.data.rows import MAX_ROW_BYTES, Asked, Row, RowReader
 from llm2vec_fast.data.sniffing import head_of, is_json_list, is_one_object, what_it_is_instead
-from llm2vec_fast.data.streams import CHUNK_BYTES, ByteStream
+from llm2vec_fast.data.streams import CHUNK_BYTES, DAMAGE, ByteStream
 from llm2vec_fast.errors import InputError
 
-SAMPLED_ROWS = 100  # to tell a wrong column name from a row that lacks the field
+SAMPLED_ROWS = 10_000  # to tell a wrong column name from rows that lack the field
 Record = dict[str, Any]
+_Sample = Generator[tuple[Record, str | None], None, None]
 
 
 def json_reader(file: InputFile, asked: Sequence[Asked], row: int, offset: int, line: int, whole: bool) -> RowReader:
@@ -43,9 +44,8 @@ class JsonLinesReader:
     ) -> None:
         self._asked, self._whole = asked, whole
         self.offset, self.line = offset, line
-        self.names: Sequence[str] = []
         if offset == 0:
-            self.names = self._names(file)
+            _require_columns(file, asked, self._sampled(file))
         self._lines = Lines(file, offset, line)
         self.consumed = self._lines.consumed
         self.close = self._lines.close
@@ -56,13 +56,13 @@ class JsonLinesReader:
             record, problem = parse_object(content, self._lines.forget(), "line")
             yield row_of(record, problem, self._asked, self.line, self._whole)
 
-    def _names(self, file: InputFile) -> list[str]:
+    def _sampled(self, file: InputFile) -> _Sample:
         lines = Lines(file)
         try:
-            parsed = [parse_object(content, lines.forget(), "line") for content in islice(lines, SAMPLED_ROWS)]
+            for content in lines:
+                yield parse_object(content, lines.forget(), "line")
         finally:
             lines.close()
-        return sampled_names(file, [record for record, problem in parsed if problem is None], self._asked)
 
 
 class JsonListReader:
@@ -77,9 +77,8 @@ class JsonListReader:
             raise InputError(f"{file.shown} {wrong}")
         self._asked, self._row, self._whole = asked, row, whole
         self.line = 0
-        self.names: Sequence[str] = []
         if row == 0:
-            self.names = self._names(file)
+            _require_columns(file, asked, self._sampled(file))
         self._elements = _Elements(file)
         self.consumed = self._elements.stream.consumed
         self.close = self._elements.stream.close
@@ -92,15 +91,13 @@ class JsonListReader:
             record, problem = parse_object(text, problem, "element")
             yield row_of(record, problem, self._asked, line, self._whole)
 
-    def _names(self, file: InputFile) -> list[str]:
+    def _sampled(self, file: InputFile) -> _Sample:
         elements = _Elements(file)
         try:
-            parsed = [parse_object(text, problem, "element") for text, _, problem in islice(elements, SAMPLED_ROWS)]
-        except EOFError:
-            parsed = []
+            for text, _, problem in elements:
+                yield parse_object(text, problem, "element")
         finally:
             elements.stream.close()
-        return sampled_names(file, [record for record, problem in parsed if problem is None], self._asked)
 
 
 class _Elements:
@@ -114,6 +111,7 @@ class _Elements:
         self.stream = ByteStream(file.path, file.compression)
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self._text, self._place, self._line, self._end = "", 0, 1, False
+        self._damage: BaseException | None = None
 
     def __iter__(self) -> Iterator[tuple[str, int, str | None]]:
         self._expect("[", "a list")
@@ -162,11 +160,26 @@ class _Elements:
         """Read on, as much again as there is, so that a long element is looked at few times."""
         if self._end:
             return False
-        piece = self.stream.read(max(CHUNK_BYTES, len(self._text) - self._place))
+        if self._damage is not None:
+            raise self._damage
+        piece = self._read(max(CHUNK_BYTES, len(self._text) - self._place))
         self._end = not piece
         self._text = self._text[self._place :] + self._decode(piece, self._end)
         self._place = 0
         return True
+
+
+    def _read(self, count: int) -> bytes:
+        """Bytes, up to where the file is damaged; no bytes at its end."""
+        piece = b""
+        try:
+            while len(piece) < count and (more := self.stream.read1(count - len(piece))):
+                piece += more
+        except DAMAGE as error:
+            if not piece:
+                raise
+            self._damage = error
+        return piece
 
 
 class _Scan:
@@ -246,16 +259,27 @@ def row_of(record: Record, problem: str | None, asked: Sequence[Asked], line: in
     return Row(values, problem, line=line)
 
 
-def sampled_names(file: InputFile, records: Sequence[Record], asked: Sequence[Asked]) -> list[str]:
-    """The fields of some records, among which are all that are asked for.
+def _require_columns(file: InputFile, asked: Sequence[Asked], rows: _Sample) -> None:
+    """Refuse a file whose first rows all lack a column: many of them, as a field may be rare.
 
     Raises:
-        InputError: one is in none of them.
+        InputError: it names the column, and the fields that there are.
     """
-    found = list(dict.fromkeys(name for record in records for name in names_in(record, asked)))
-    if records:
-        require_columns(file.shown, asked, found)
-    return found
+    needed, found, count = {each.name for each in asked if each.required}, {}, 0
+    try:
+        for record, problem in islice(rows, SAMPLED_ROWS):
+            if problem is None:
+                found |= dict.fromkeys(names_in(record, asked))
+                count += 1
+            if needed <= found.keys():
+                return
+    except DAMAGE as error:  # the rows before it are read, and what is damaged is told there
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+    finally:
+        rows.close()
+    if count:
+        require_columns(file.shown, asked, list(found))
 
 
 def _not_utf8(text: str, line: int) -> str | None:

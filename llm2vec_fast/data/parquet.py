@@ -34,7 +34,6 @@ class ParquetReader:
     def __init__(self, file: InputFile, asked: Sequence[Asked], row: int = 0) -> None:
         self._file = open_parquet(file)
         schema = self._file.schema_arrow
-        self.names = schema.names
         self._places = {each.name: place for each in asked if (place := find_column(schema, each.name)) is not None}
         nested = [name for name, place in self._places.items() if len(place.path) > 1]
         require_columns(file.shown, asked, [*schema.names, *nested])

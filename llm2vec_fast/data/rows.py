@@ -35,14 +35,10 @@ class Row(NamedTuple):
 
 
 class RowReader(Protocol):
-    """Iterates over rows; after any, ``offset`` and ``line`` are where a later reader can start, with the rows so far.
-
-    ``names`` are the columns that the file has, as far as is known at its head.
-    """
+    """Iterates over rows; after any, ``offset`` and ``line`` are where a later reader can start, with the rows so far."""
 
     offset: int
     line: int
-    names: Sequence[str]
 
     def __iter__(self) -> Iterator[Row]: ...
 

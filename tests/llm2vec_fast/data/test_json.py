@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,20 @@ def test_a_field_that_occurs_twice_is_named_if_it_is_asked_for(tmp_path: Path) -
     assert [row.problem for row in rows] == [None, "the row has two fields 'text'", None]
     inner = read(tmp_path / "a.jsonl", content, Columns("text", None, ("m.t",)))
     assert inner[2].problem == "the row has two fields 't'"
+
+
+def test_a_field_may_be_rare(tmp_path: Path) -> None:
+    content = '{"text": "a"}\n' * 500 + '{"text": "b", "rare": 1}\n'
+    assert read(tmp_path / "a.jsonl", content, Columns("text", None, ("rare",)))[-1].values == ["b", 1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_rows_before_the_damage_are_read(tmp_path: Path, name: str) -> None:
+    records = [{"text": f"{i} {hash(str(i))}"} for i in range(50)]
+    whole = json.dumps(records) if "json." in name else "".join(json.dumps(record) + "\n" for record in records)
+    *rows, last = read(tmp_path / name, gzip.compress(whole.encode())[:-200])
+    assert 0 < len(rows) < 50
+    assert last.damaged
 
 
 def test_an_element_longer_than_any_text_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
