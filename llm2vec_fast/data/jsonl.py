@@ -168,7 +168,6 @@ class _Elements:
         self._place = 0
         return True
 
-
     def _read(self, count: int) -> bytes:
         """Bytes, up to where the file is damaged; no bytes at its end."""
         piece = b""

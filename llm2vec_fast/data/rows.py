@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 class RowReader(Protocol):
-    """Iterates over rows; after any, ``offset`` and ``line`` are where a later reader can start, with the rows so far."""
+    """Iterates over rows; after any, ``offset`` and ``line`` are where a later reader starts, with the rows so far."""
 
     offset: int
     line: int

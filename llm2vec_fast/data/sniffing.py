@@ -62,15 +62,8 @@ def has_mac_line_ends(head: bytes) -> bool:
 
 def is_json_list(path: str, compression: str) -> bool:
     """Whether a file of JSON is one list, and not a value a line."""
-    stream = ByteStream(path, compression)
-    try:
-        line = _first_line(stream)
-        if not line.startswith(b"["):
-            return False
-        whole = _parsed(line)
-        return whole is None or not _first_line(stream)  # a list a line, of which the first is one
-    finally:
-        stream.close()
+    line, following = _first_lines(path, compression)
+    return line.startswith(b"[") and (not following or _parsed(line) is None)  # else a list a line
 
 
 def holds_no_rows(path: Path) -> bool:
@@ -85,28 +78,32 @@ def holds_no_rows(path: Path) -> bool:
 
 def is_one_object(path: str, compression: str) -> bool:
     """Whether a file of JSON is one object over several lines, or on one and alone."""
-    stream = ByteStream(path, compression)
-    try:
-        line = _first_line(stream)
-        if not line.startswith(b"{"):
-            return False
-        following = _first_line(stream)
-        return not following or (_parsed(line) is None and not following.startswith(b"{"))
-    finally:
-        stream.close()
+    line, following = _first_lines(path, compression)
+    if not line.startswith(b"{"):
+        return False
+    return not following or (_parsed(line) is None and not following.startswith(b"{"))
 
 
-def _first_line(stream: ByteStream) -> bytes:
-    """The first line that is not blank, of a long one the beginning; no bytes at the end, or where damage is."""
+def _first_lines(path: str, compression: str) -> tuple[bytes, bytes]:
+    """The first two lines that are not blank, of what can be read; no bytes where there are none."""
+    content, stream = bytearray(), ByteStream(path, compression)
+    found: list[bytes] = []
     try:
-        while line := stream.readline(LINE_BYTES):
-            line = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if line:
-                return line
+        while len(found) < 2 and len(content) < LINE_BYTES and (piece := stream.read1(HEAD_BYTES)):
+            content += piece
+            if b"\n" in piece:
+                found = [line for line in map(_bare, content.split(b"\n")[:-1]) if line][:2]
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-    return b""
+    finally:
+        stream.close()
+    found += [line for line in [_bare(content.rpartition(b"\n")[2])] if line]
+    return (*found, b"", b"")[:2]
+
+
+def _bare(line: bytearray) -> bytes:
+    return bytes(line).removeprefix(b"\xef\xbb\xbf").strip()
 
 
 def _parsed(line: bytes) -> list | dict | None:
