@@ -96,9 +96,7 @@ def test_all_parts_have_one_schema_that_a_stopped_job_goes_on_with(run: Run, tmp
 def test_files_whose_columns_do_not_fit_are_refused_before_the_work(run: Run, tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": [1], "text": ["a"]}), tmp_path / "a.parquet")
     (tmp_path / "b.csv").write_text("key,text\n1,b\n")
-    with pytest.raises(
-        InputError, match=r"column 'key' is int64 in .*a\.parquet and string in .*b\.csv: make"
-    ):
+    with pytest.raises(InputError, match=r"column 'key' is int64 in .*a\.parquet and string in .*b\.csv: make"):
         run(tmp_path / "a.parquet", tmp_path / "b.csv", id_column="key", load=never_load)
 
 
