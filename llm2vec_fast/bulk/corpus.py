@@ -3,21 +3,24 @@ files and the settings, so that a job that was stopped cuts the same shards when
 
 from __future__ import annotations
 
-import json
-import lzma
 import threading
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from llm2vec_fast.bulk.inputs import InputFile
-from llm2vec_fast.bulk.readers import Columns, RawRow, RowReader, open_reader
+import pyarrow as pa
+
+from llm2vec_fast.data.columns import Columns
+from llm2vec_fast.data.delimited import Csv
+from llm2vec_fast.data.inputs import InputFile
+from llm2vec_fast.data.reading import damaged_from, open_reader
+from llm2vec_fast.data.rows import Problem, Row, RowReader, text_of
+from llm2vec_fast.data.streams import DAMAGE
+from llm2vec_fast.data.values import id_problem, kept_problem, shown_value
 from llm2vec_fast.errors import ChangedError, InputError
 
 SHARD_BYTES = 64 << 20  # of text: a shard of very long texts ends early, so that memory stays bounded
-DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
 CHECK_EVERY = 1024  # rows between two looks at the stop flag
 
 
@@ -25,37 +28,29 @@ CHECK_EVERY = 1024  # rows between two looks at the stop flag
 class Cursor:
     """A place in the corpus: ``row`` rows of file number ``file`` are read, the next starts at byte ``offset``.
 
-    ``offset`` counts decompressed bytes, ``consumed`` those of the file on disk, at the ends of shards only.
+    ``offset`` counts decompressed bytes, ``consumed`` those of the file on disk, at the ends of shards only; ``line``
+    counts the lines of text files.
     """
 
     file: int = 0
     row: int = 0
     offset: int = 0
     consumed: int = 0
-
-
-class Problem(NamedTuple):
-    """A row (1-based) that is not embedded, and why. ``rows`` rows where one damage hides several."""
-
-    file: str
-    row: int
-    id: str | None
-    reason: str
-    rows: int = 1
-    damage: bool = False
+    line: int = 0
 
 
 @dataclass
 class Shard:
-    """Rows to embed together, in order. ``ids``, ``texts``, ``places`` and each kept column are equally long."""
+    """Rows to embed together, in order. ``ids``, ``texts``, ``places`` and each kept column are equally long. Ids and
+    kept values are as `data.values.to_array` takes them; a place is a file, a row and, where it has lines, a line."""
 
     index: int
     start: Cursor
     end: Cursor
-    ids: list[str] = field(default_factory=list)
+    ids: list[Any] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    places: list[tuple[str, int]] = field(default_factory=list)
-    kept: dict[str, list[str | None]] = field(default_factory=dict)
+    places: list[tuple[str, int, int | None]] = field(default_factory=list)
+    kept: dict[str, list[Any]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     rows_read: int = 0
     input_bytes: int = 0
@@ -71,19 +66,29 @@ class Corpus:
     Args:
         files: the input files, in order.
         columns: which columns hold text, id and what is kept.
+        types: of the id and of what is kept, as they will be written.
+        csv: how csv and tsv files are written.
         rows_per_shard: rows that end a shard; bad rows count, so that no shard depends on what an encoder does.
         stop: set from another thread, it ends a read with StopReadingError.
     """
 
     def __init__(
-        self, files: Sequence[InputFile], columns: Columns, rows_per_shard: int, stop: threading.Event | None = None
+        self,
+        files: Sequence[InputFile],
+        columns: Columns,
+        types: Mapping[str, pa.DataType],
+        csv: Csv,
+        rows_per_shard: int,
+        stop: threading.Event | None = None,
     ) -> None:
         self.files = files
         self._columns = columns
+        self._types = types
+        self._csv = csv
         self._rows_per_shard = rows_per_shard
         self._stop = stop or threading.Event()
         self._reader: RowReader | None = None
-        self._rows: Iterator[RawRow] = iter(())
+        self._rows: Iterator[Row] = iter(())
         self._cursor = Cursor()
 
     def read(self, index: int, start: Cursor) -> Shard | None:
@@ -122,27 +127,28 @@ class Corpus:
                 self._next_file()
                 continue
             shard.rows_read += row.rows
-            text_bytes += _add(shard, row, file.name, number, self._columns)
+            text_bytes += _add(shard, row, (file.name, number, row.line), self._columns, self._types)
 
-    def _next_row(self, file: InputFile) -> RawRow | None:
+    def _next_row(self, file: InputFile) -> Row | None:
         """The next row of the file at hand, None at its end; a damaged rest of a file comes as one bad row."""
         if file.bytes == 0:
             return None
+        at = self._cursor
         try:
             if self._reader is None:
                 _require_unchanged(file)
-                self._reader = open_reader(file, self._columns, self._cursor.row, self._cursor.offset)
+                asked = self._columns.asked
+                self._reader = open_reader(file, asked, self._csv, at.row, at.offset, at.line)
                 self._rows = iter(self._reader)
             row = next(self._rows, None)
         except DAMAGE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise _unreadable(file, error) from error
-            reason = f"from row {self._cursor.row + 1} on the file cannot be read: {error or 'it ends too early'}"
             self._next_file()
-            return RawRow(problem=reason, rows=0, damaged=True)
+            return damaged_from(at.row + 1, error, len(self._columns.asked))
         if row is not None:
-            offset = self._reader.offset if self._reader else self._cursor.offset
-            self._cursor = Cursor(self._cursor.file, self._cursor.row + row.rows, offset)
+            offset, line = (self._reader.offset, self._reader.line) if self._reader else (at.offset, at.line)
+            self._cursor = Cursor(at.file, at.row + row.rows, offset, line=line)
         return row
 
     def _next_file(self) -> None:
@@ -153,108 +159,45 @@ class Corpus:
         return sum(file.bytes for file in self.files[: cursor.file]) + cursor.consumed
 
 
-def check_inputs(files: Sequence[InputFile], columns: Columns) -> list[str]:
-    """Look at the head of every file before the work begins. Returns sentences about files that hold nothing.
-
-    Raises:
-        InputError: a file lacks a column, is not of its format, or every file is empty.
-    """
-    empty = [file for file in files if file.bytes == 0]
-    if len(empty) == len(files):
-        names = files[0].path if len(files) == 1 else f"all {len(files)} input files"
-        raise InputError(f"nothing to embed: {names} {'is' if len(files) == 1 else 'are'} empty (0 bytes)")
-    for file in files:
-        if file.bytes:
-            _check_head(file, columns)
-    return [f"{file.path} is empty (0 bytes): skipped" for file in empty]
-
-
-def _check_head(file: InputFile, columns: Columns) -> None:
-    with open(file.path, "rb") as head:
-        mark = head.read(2)
-    if file.format != "parquet" and mark in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{file.path} is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
-    try:
-        open_reader(file, columns).close()
-    except DAMAGE as error:
-        raise InputError(f"{file.path} cannot be read: {error or 'it ends too early'}") from error
-
-
 def _require_unchanged(file: InputFile) -> None:
     try:
         status = Path(file.path).stat()
     except OSError as error:
         raise _unreadable(file, error) from error
     if (status.st_size, status.st_mtime_ns) != (file.bytes, file.modified_ns):
-        raise ChangedError(f"input {file.path} changed while the job ran: start again in a new --output folder")
+        raise ChangedError(f"input {file.shown} changed while the job ran: start again in a new --output folder")
 
 
 def _unreadable(file: InputFile, error: OSError) -> InputError:
-    return InputError(f"input {file.path} cannot be read: {error.strerror}; once it can, the same command goes on")
+    return InputError(f"input {file.shown} cannot be read: {error.strerror}; once it can, the same command goes on")
 
 
-def _add(shard: Shard, row: RawRow, name: str, number: int, columns: Columns) -> int:
+def _add(
+    shard: Shard, row: Row, place: tuple[str, int, int | None], columns: Columns, types: Mapping[str, pa.DataType]
+) -> int:
     """Put a row where it belongs; returns its bytes of text, roughly."""
-    text, identifier = _as_text(row.text), row.id
-    problem = row.problem or _text_problem(text, row.text)
-    if problem is None and columns.id is not None:
-        problem = _id_problem(identifier, columns.id)
-    known = str(identifier) if isinstance(identifier, str | int | float) else None
-    if problem is not None:
-        known = known if columns.id else f"{name}:{number}"
-        shard.problems.append(Problem(name, number, None if row.damaged else known, problem, row.rows, row.damaged))
-        return len(problem)
-    shard.ids.append(f"{name}:{number}" if columns.id is None else str(identifier))
+    name, number, line = place
+    text, wrong = text_of(row.values[0]) if row.problem is None else ("", row.problem)
+    identifier = row.values[1] if columns.id is not None and row.values else f"{name}:{number}"
+    kept = row.values[len(row.values) - len(columns.keep) :]
+    if wrong is None and columns.id is not None:
+        wrong = id_problem(identifier, columns.id) or kept_problem(identifier, columns.id, types[columns.id])
+    for column, value in zip(columns.keep, kept, strict=True):
+        wrong = wrong or kept_problem(value, column, types[column])
+    if wrong is not None:
+        known = None if row.damaged else shown_value(identifier)
+        shard.problems.append(Problem(name, number, known, wrong, row.rows, row.damaged, line))
+        return len(wrong)
+    shard.ids.append(identifier)
     shard.texts.append(text)
-    shard.places.append((name, number))
-    kept_bytes = 0
-    for column, value in zip(columns.keep, row.kept, strict=True):
-        shard.kept[column].append(kept := _as_kept(value))
-        kept_bytes += len(kept or "")
-    return len(text) + kept_bytes
+    shard.places.append(place)
+    for column, value in zip(columns.keep, kept, strict=True):
+        shard.kept[column].append(value)
+    return len(text) + sum(_size(value) for value in kept)
 
 
-def _as_text(value: Any) -> Any:
-    """Bytes become text, or the error that says why they are none; anything else stays."""
-    if not isinstance(value, bytes):
-        return value
-    try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        return error
-
-
-def _text_problem(text: Any, raw: Any) -> str | None:
-    if text is None:
-        return "the text is null"
-    if isinstance(text, UnicodeDecodeError):
-        return f"byte 0x{text.object[text.start]:02x} at byte {text.start} of the text is not UTF-8"
-    if not isinstance(text, str):
-        return f"the text is not a string but {type(raw).__name__} {str(raw)[:40]!r}"
-    if not text or text.isspace():
-        return "the text is empty"
-    return _surrogate_problem(text, "text")
-
-
-def _id_problem(identifier: Any, column: str) -> str | None:
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int | float) or identifier == "":
-        shown = "null" if identifier is None else repr(identifier)[:40]
-        return f"the id (column {column!r}) is {shown}, not a string or number"
-    return _surrogate_problem(str(identifier), "id")
-
-
-def _surrogate_problem(text: str, what: str) -> str | None:
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"the {what} holds half a surrogate pair (U+{ord(text[error.start]):04X}), which is not text"
-    return None
-
-
-def _as_kept(value: Any) -> str | None:
-    if value is None:
-        return None
-    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return shown.encode("utf-8", "replace").decode()
+def _size(value: Any) -> int:
+    """Bytes of a value, roughly."""
+    if isinstance(value, pa.Array):
+        return value.nbytes
+    return len(value) if isinstance(value, str | bytes | list | dict) else 8

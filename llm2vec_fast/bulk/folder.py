@@ -9,10 +9,10 @@ from pathlib import Path
 
 from llm2vec_fast.bulk.checking import CHECKED, checked_parts, faults, remember_checked
 from llm2vec_fast.bulk.fingerprint import fingerprint
-from llm2vec_fast.bulk.inputs import InputFile
 from llm2vec_fast.bulk.manifest import JOB_FOLDER, JOURNAL, MANIFEST, Manifest, read_manifest
 from llm2vec_fast.bulk.problems import ERRORS
 from llm2vec_fast.bulk.settings import EmbedSettings
+from llm2vec_fast.data.inputs import InputFile
 from llm2vec_fast.errors import OutputError
 from llm2vec_fast.jobs.files import LEFTOVERS, is_leftover, remove_leftovers, remove_own
 from llm2vec_fast.jobs.lock import HOLDER, LOCK

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from llm2vec_fast.bulk.checking import remember_checked
-from llm2vec_fast.bulk.corpus import Corpus, Cursor, Shard, StopReadingError, check_inputs
+from llm2vec_fast.bulk.corpus import Corpus, Cursor, Shard, StopReadingError
+from llm2vec_fast.bulk.duplicates import tell_duplicates
 from llm2vec_fast.bulk.encoding import (
     Encoder,
     LoadEncoder,
@@ -28,12 +30,14 @@ from llm2vec_fast.bulk.encoding import (
     with_choices,
 )
 from llm2vec_fast.bulk.folder import open_manifest, prepare
-from llm2vec_fast.bulk.inputs import InputFile, find_inputs
 from llm2vec_fast.bulk.manifest import JOB_FOLDER, Manifest, Part, part_name, write_manifest
 from llm2vec_fast.bulk.problems import ERRORS, keep_problems_of
 from llm2vec_fast.bulk.progress import Meter, ProgressLine
 from llm2vec_fast.bulk.settings import EmbedSettings
 from llm2vec_fast.bulk.sink import Sink
+from llm2vec_fast.data.inputs import InputFile, find_inputs
+from llm2vec_fast.data.reading import check_heads, decide_types
+from llm2vec_fast.data.values import types_from_text, types_to_text
 from llm2vec_fast.errors import ChangedError, InputError, OutputError
 from llm2vec_fast.jobs.changes import changed_error, differences
 from llm2vec_fast.jobs.environment import Environment
@@ -95,14 +99,14 @@ def embed(
     """
     stop, folder = stop or threading.Event(), folder.expanduser()
     _require_free_names(settings)
-    files = find_inputs(patterns, folder)
+    files = find_inputs(patterns, [folder], notify)
     prepare(folder)
     with only_job(folder / JOB_FOLDER, folder):
         manifest = open_manifest(folder, settings, files, notify, lambda found: _end_if_stopped(found, stop))
         if manifest.finished:
             outcome = _outcome(manifest, already_finished=True)
         else:
-            for sentence in check_inputs(files, settings.columns):
+            for sentence in check_heads(files, settings.columns.asked, settings.csv, "embed"):
                 notify(sentence)
             outcome = _run(folder, manifest, settings, files, load, stop, notify)
     if not outcome.rows:
@@ -135,8 +139,9 @@ def _run(
     keep_problems_of(folder, manifest.parts)
     write_manifest(folder, manifest)
     settings = with_choices(settings, manifest.resolved)
+    types = _types(manifest, settings, files, stop, notify)
     encoder = load(settings)
-    manifest.resolved = _resolve(folder, manifest, encoder, settings)
+    manifest.resolved = {**_resolve(folder, manifest, encoder, settings), **_as_recorded(types)}
     settings = with_choices(settings, manifest.resolved)
     here = _environment(manifest, environment_of(encoder, manifest.resolved), notify)
     write_manifest(folder, manifest)
@@ -144,10 +149,10 @@ def _run(
     done = (manifest.total(name) for name in ("input_bytes", "tokens", "rows", "bad_rows"))
     meter = Meter(total_bytes, *done)
     rows_before, started = manifest.total("rows"), time.monotonic()
-    corpus = Corpus(files, settings.columns, manifest.resolved["rows_per_shard"], stop)
+    corpus = Corpus(files, settings.columns, types, settings.csv, manifest.resolved["rows_per_shard"], stop)
     try:
         with ProgressLine(meter) as progress:
-            sink = Sink(folder, settings.output_dtype, here)
+            sink = Sink(folder, settings.output_dtype, _types_of_output(settings, types), here)
             _Pipeline(sink, manifest, settings, encoder, meter, progress, stop).run(corpus)
     except BaseException as error:
         with suppress(OutputError):  # the journal has it all: a full disk loses nothing
@@ -158,6 +163,8 @@ def _run(
     manifest.state = "finished"
     keep_problems_of(folder, manifest.parts)  # those of a part that was made again stand last
     _note(folder, manifest)
+    if settings.id_column is not None:
+        tell_duplicates(manifest.part_paths(folder), settings.id_column, notify)
     return _outcome(
         manifest,
         rows_now=manifest.total("rows") - rows_before,
@@ -189,6 +196,31 @@ def _environment(manifest: Manifest, here: Environment, notify: Callable[[str], 
 def _note(folder: Path, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
     remember_checked(folder, manifest)
+
+
+def _types(
+    manifest: Manifest,
+    settings: EmbedSettings,
+    files: Sequence[InputFile],
+    stop: threading.Event,
+    notify: Callable[[str], None],
+) -> dict[str, pa.DataType]:
+    """Of ids and kept columns, by their names in the input: those that the folder was started with."""
+    if "arrow_types" in manifest.resolved:
+        return types_from_text(manifest.resolved["arrow_types"])
+    columns = settings.columns
+    identifier = next(iter(columns.asked_ids), None)
+    check = lambda: _end_if_stopped(manifest, stop)  # noqa: E731
+    return decide_types(files, identifier, columns.asked_kept, settings.csv, check, notify)
+
+
+def _as_recorded(types: dict[str, pa.DataType]) -> dict[str, Any]:
+    """For people, and exactly."""
+    return {"types": {name: str(kind) for name, kind in types.items()}, "arrow_types": types_to_text(types)}
+
+
+def _types_of_output(settings: EmbedSettings, types: dict[str, pa.DataType]) -> dict[str, pa.DataType]:
+    return {**types, "id": pa.string() if settings.id_column is None else types[settings.id_column]}
 
 
 class _StopError(Exception):

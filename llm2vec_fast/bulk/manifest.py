@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from llm2vec_fast.bulk.corpus import Cursor
-from llm2vec_fast.bulk.inputs import InputFile
 from llm2vec_fast.bulk.settings import EmbedSettings, changed_settings
+from llm2vec_fast.data.inputs import InputFile
 from llm2vec_fast.errors import OutputError
 from llm2vec_fast.jobs.changes import changed_error
 from llm2vec_fast.jobs.environment import Environment
@@ -69,6 +69,8 @@ class Resolved(TypedDict, total=False):
     doc_max_length: int | None
     token_budget: int | None
     rows_per_shard: int
+    types: dict[str, str]
+    arrow_types: str
 
 
 def part_name(index: int) -> str:
@@ -246,9 +248,10 @@ def _require_settings(settings: EmbedSettings) -> None:
 
 
 def _require_resolved(written: _Written) -> None:
-    """Once there are parts there is a dimension, and every number is one that a model can have."""
-    if written.parts and "dimension" not in written.resolved:
-        raise MistypedError("it has parts and no dimension")
+    """Once there are parts there is a dimension and types of their columns, and numbers that a model can have."""
+    missing = [name for name in ("dimension", "arrow_types") if name not in written.resolved]
+    if written.parts and missing:
+        raise MistypedError(f"it has parts and no {missing[0]}")
     for name, value in written.resolved.items():
         if type(value) is int and not 1 <= value < 2**31:
             raise MistypedError(f"{name} of resolved is {value}")

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from llm2vec_fast.bulk.corpus import Problem
+from llm2vec_fast.data.rows import Problem
 from llm2vec_fast.jobs.files import append_lines, json_bytes, json_object, replacing
 
 ERRORS = "_errors.jsonl"  # dataset readers pass over names that begin with an underscore
@@ -18,7 +18,7 @@ def append_problems(folder: Path, part: int, problems: Sequence[Problem]) -> str
     Raises:
         OutputError: the disk is full, or the file cannot be written.
     """
-    lines = [_line(part, problem) for problem in problems]
+    lines = [json_bytes(problem.as_json(part=part)) for problem in problems]
     if lines:
         append_lines(folder / ERRORS, lines)
     return digest_of(lines)
@@ -74,10 +74,3 @@ def _part_of(line: bytes) -> int:
     value = json_object(line) if line.endswith(b"\n") else None
     part = (value or {}).get("part")
     return part if type(part) is int else -1
-
-
-def _line(part: int, problem: Problem) -> bytes:
-    value = {"part": part, "file": problem.file, "row": problem.row, "id": problem.id, "reason": problem.reason}
-    if problem.rows != 1:
-        value["rows"] = problem.rows
-    return json_bytes(value)

@@ -15,6 +15,7 @@ from llm2vec_fast.bulk.encoding import LoadEncoder, load_encoder, with_choices
 from llm2vec_fast.bulk.fingerprint import fingerprint
 from llm2vec_fast.bulk.manifest import MANIFEST, Manifest, Part, read_manifest
 from llm2vec_fast.bulk.settings import EmbedSettings
+from llm2vec_fast.data.values import python_values, shown_value
 from llm2vec_fast.errors import ChangedError, InputError, NonFiniteEmbeddingError, OutputError
 
 SLICE_BYTES = 32 << 20  # of embeddings scored at once
@@ -22,11 +23,14 @@ SLICE_BYTES = 32 << 20  # of embeddings scored at once
 
 @dataclass(frozen=True)
 class Hit:
-    """A row found: its id, the cosine to the question (-1 to 1), and the columns kept with `--keep-columns`."""
+    """A row found: its id, the cosine to the question (-1 to 1), and the columns kept with `--keep-columns`.
 
-    id: str
+    Ids and values are as JSON has them: dates and decimals are strings, bytes the text that they are.
+    """
+
+    id: Any
     score: float
-    columns: dict[str, str | None]
+    columns: dict[str, Any]
 
 
 def search(
@@ -170,6 +174,8 @@ def _rows_of(path: Path, rows: np.ndarray, columns: Sequence[str]) -> Iterator[t
     first = 0
     for batch in _batches(path, 1024, columns):
         wanted = rows[(rows >= first) & (rows < first + batch.num_rows)]
-        values = batch.take(pa.array(wanted - first)).to_pylist()
-        yield from zip(wanted.tolist(), values, strict=True)
+        some = batch.take(pa.array(wanted - first))
+        values = [map(shown_value, python_values(column)) for column in some.columns]
+        for row, *found in zip(wanted.tolist(), *values, strict=True):
+            yield row, dict(zip(some.schema.names, found, strict=True))
         first += batch.num_rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from llm2vec_fast.bulk.readers import Columns
+from llm2vec_fast.data.columns import Columns
+from llm2vec_fast.data.delimited import Csv
 
 CPU_ROWS_PER_SHARD = 1024  # what a stop can cost: half a minute with a model of 135M on two cores, long with one of 7B
 GPU_ROWS_PER_SHARD = 32768  # enough batches a part to keep an accelerator busy
@@ -38,11 +39,19 @@ class EmbedSettings:
     text_column: str = "text"
     id_column: str | None = None
     keep_columns: tuple[str, ...] = ()
+    csv_delimiter: str | None = None
+    csv_quote: str | None = None
+    csv_escape: str | None = None
     device: str | None = None
 
     @property
     def columns(self) -> Columns:
         return Columns(self.text_column, self.id_column, self.keep_columns)
+
+    @property
+    def csv(self) -> Csv:
+        """How csv and tsv files are read."""
+        return Csv(self.csv_delimiter, self.csv_quote, self.csv_escape)
 
     def as_json(self) -> dict[str, Any]:
         """The settings as a manifest holds them."""

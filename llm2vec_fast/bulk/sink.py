@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2vec_fast.bulk.corpus import Problem, Shard
+from llm2vec_fast.bulk.corpus import Shard
 from llm2vec_fast.bulk.manifest import Part, part_name, record_part
 from llm2vec_fast.bulk.problems import append_problems
+from llm2vec_fast.data.rows import Problem
+from llm2vec_fast.data.values import shown_value, to_array
 from llm2vec_fast.jobs.files import replacing
 
 ROWS_PER_GROUP = 8192
@@ -21,10 +23,16 @@ MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 class Sink:
-    """Writes finished shards into ``folder``; one call at a time, from any thread."""
+    """Writes finished shards into ``folder``; one call at a time, from any thread.
 
-    def __init__(self, folder: Path, output_dtype: str, environment: int) -> None:
+    Args:
+        types: of the id and of kept columns, by the names they have in the output.
+        environment: the place of what computes in the manifest's list.
+    """
+
+    def __init__(self, folder: Path, output_dtype: str, types: Mapping[str, pa.DataType], environment: int) -> None:
         self._folder = folder
+        self._types = types
         self._environment = environment
         self._dtype = np.dtype(output_dtype)
 
@@ -45,7 +53,7 @@ class Sink:
         """
         good, problems = _split(shard, embeddings, refused, self._dtype)
         name = part_name(shard.index)
-        size, digest = self._write_table(self._folder / name, _table(shard, embeddings, good, self._dtype))
+        size, digest = self._write_table(self._folder / name, _table(shard, embeddings, good, self._dtype, self._types))
         errors_digest = append_problems(self._folder, shard.index, problems)
         part = Part(
             index=shard.index,
@@ -122,15 +130,20 @@ def _split(
     problems = list(shard.problems)
     for place in np.flatnonzero(~good):
         reason = refused.get(int(place)) or next(reason for reason, bad in reasons.items() if bad[place])
-        name, row = shard.places[place]
-        problems.append(Problem(name, row, shard.ids[place], reason))
+        name, row, line = shard.places[place]
+        problems.append(Problem(name, row, shown_value(shard.ids[place]), reason, line=line))
     return good, problems
 
 
-def _table(shard: Shard, embeddings: np.ndarray, good: np.ndarray, dtype: np.dtype[Any]) -> pa.Table:
+def _table(
+    shard: Shard,
+    embeddings: np.ndarray,
+    good: np.ndarray,
+    dtype: np.dtype[Any],
+    types: Mapping[str, pa.DataType],
+) -> pa.Table:
     mask = pa.array(good)
     values = np.ascontiguousarray(embeddings[good].astype(dtype)).reshape(-1)
-    columns = {"id": pa.array(shard.ids, pa.string()).filter(mask)}
-    columns |= {name: pa.array(kept, pa.string()).filter(mask) for name, kept in shard.kept.items()}
+    columns = {name: to_array(kept, types[name]).filter(mask) for name, kept in {"id": shard.ids, **shard.kept}.items()}
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(values), embeddings.shape[1])
     return pa.table(columns)

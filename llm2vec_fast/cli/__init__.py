@@ -24,6 +24,9 @@ VERBS = (embed, search, verify, mine, doctor)
 
 def main() -> None:
     """The `llm2vec-fast` command. An error of the user's making is one sentence on stderr, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that the console has not is shown as its escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         _run()
     except SystemExit as end:

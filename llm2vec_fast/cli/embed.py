@@ -22,6 +22,9 @@ def embed(
     output: option.Output,
     text_column: option.TextColumn = "text",
     id_column: option.IdColumn = None,
+    csv_delimiter: option.CsvDelimiter = None,
+    csv_quote: option.CsvQuote = None,
+    csv_escape: option.CsvEscape = None,
     adapter: option.Adapter = None,
     causal: option.Causal = False,
     pooling: option.Pooling = None,
@@ -41,7 +44,7 @@ def embed(
 
     The output folder gets part-00000.parquet, … (id, kept columns, embedding),
     _manifest.json (settings, hashes, checksums) and, for rows that cannot be
-    embedded, _errors.jsonl (file, row, id, reason). The job may be stopped at
+    embedded, _errors.jsonl (file, row, line, id, reason). The job may be stopped at
     any moment: the same command goes on after the last finished part, and makes
     damaged ones again. Other inputs or settings are refused in the same folder,
     but for --device and --token-budget, which decide no more than last bits.
@@ -80,6 +83,9 @@ def embed(
         rows_per_shard=rows_per_shard,
         text_column=text_column,
         id_column=id_column,
+        csv_delimiter=csv_delimiter,
+        csv_quote=csv_quote,
+        csv_escape=csv_escape,
         keep_columns=tuple(name.strip() for name in keep_columns.split(",") if name.strip()),
         device=device,
     )

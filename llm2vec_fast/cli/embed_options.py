@@ -16,8 +16,8 @@ Inputs = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT",
-        help="Files, folders (searched recursively) and quoted globs: .txt (a text a line), .jsonl, .csv, .tsv, "
-        ".parquet; all but .parquet also as .gz, .bz2, .xz.",
+        help="Files, folders (searched recursively) and quoted globs: .txt (a text a line), .jsonl, .json, .csv, "
+        ".tsv, .parquet; all but .parquet also as .gz, .bz2, .xz, .zst.",
         show_default=False,
     ),
 ]
@@ -44,14 +44,46 @@ Output = Annotated[
     ),
 ]
 TextColumn = Annotated[
-    str, typer.Option(metavar="NAME", help="Column or field with the text.", rich_help_panel=READING)
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Column or field with the text; OUTER.INNER is one inside another.",
+        rich_help_panel=READING,
+    ),
 ]
 IdColumn = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Column or field with the id. Default: FILE:ROW, the first row is 1 (a header line is none), FILE "
-        "is the path below the folder that all inputs share.",
+        help="Column or field with the id, kept as it is. Default: FILE:ROW, the first row is 1 (a header line is "
+        "none), FILE is the path below the folder that all inputs share.",
+        rich_help_panel=READING,
+        show_default=False,
+    ),
+]
+CsvDelimiter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LETTER",
+        help="What parts the fields of csv and tsv files. Default: a tab in .tsv, else what fits the header.",
+        rich_help_panel=READING,
+        show_default=False,
+    ),
+]
+CsvQuote = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LETTER",
+        help='What is around fields of csv and tsv files, or none. Default: " in .csv, none in .tsv.',
+        rich_help_panel=READING,
+        show_default=False,
+    ),
+]
+CsvEscape = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LETTER",
+        help="What stands before a quote inside a field, such as \\. Default: such a quote is doubled.",
         rich_help_panel=READING,
         show_default=False,
     ),
@@ -116,7 +148,7 @@ KeepColumns = Annotated[
     str,
     typer.Option(
         metavar="NAMES",
-        help="Columns to keep beside the embedding, as strings: NAME,NAME,… Keep the text, and search shows it.",
+        help="Columns to keep beside the embedding, of their types: NAME,NAME,… Keep the text, and search shows it.",
         rich_help_panel=WRITING,
         show_default=False,
     ),

@@ -11,16 +11,18 @@ import typer
 
 from llm2vec_fast.cli import embed_options as option
 from llm2vec_fast.cli.stopping import stop_on_signals
-from llm2vec_fast.errors import UserError
 
 CHOICE = "What is a hard negative"
 
 
 def mine(
     pairs: Annotated[
-        Path,
+        list[str],
         typer.Argument(
-            metavar="PAIRS", help="jsonl, csv or parquet with a query and its document.", show_default=False
+            metavar="PAIRS",
+            help="Files, folders and quoted globs with a query and its document a row: .jsonl, .json, .csv, .tsv, "
+            ".parquet; all but .parquet also as .gz, .bz2, .xz, .zst.",
+            show_default=False,
         ),
     ],
     model: option.Model,
@@ -53,7 +55,7 @@ def mine(
         list[str] | None,
         typer.Option(
             metavar="FILE",
-            help="Further documents to search (txt, jsonl, csv, parquet); may be given several times.",
+            help="Further documents to search, files, folders and globs, .txt too; may be given several times.",
             rich_help_panel=option.READING,
         ),
     ] = None,
@@ -74,6 +76,9 @@ def mine(
             show_default=False,
         ),
     ] = None,
+    csv_delimiter: option.CsvDelimiter = None,
+    csv_quote: option.CsvQuote = None,
+    csv_escape: option.CsvEscape = None,
     adapter: option.Adapter = None,
     causal: option.Causal = False,
     pooling: option.Pooling = None,
@@ -97,7 +102,8 @@ def mine(
     Searched are the documents of all pairs, and further ones. The output has
     the columns of the input, and the negatives, nearest first: what
     `llm2vec-fast train contrastive` reads. Texts that rows share, and rows of
-    one id, are never negatives of each other.
+    one id, are never negatives of each other. Rows without a query or a
+    document are left out, and listed in FILE.errors.jsonl.
 
     [bold]Examples[/bold]
 
@@ -107,10 +113,7 @@ def mine(
         -o mined.parquet --documents corpus.jsonl --negatives 4 \\
         --instruction "Given a question, find passages that answer it:"
     """
-    try:
-        from llm2vec_fast import mining
-    except ModuleNotFoundError as error:
-        raise UserError(f"mining needs the package {error.name}: pip install 'llm2vec-fast[train]'") from error
+    from llm2vec_fast import mining
     from llm2vec_fast.bulk import encoding
     from llm2vec_fast.bulk.job import JobStoppedError
     from llm2vec_fast.bulk.settings import EmbedSettings
@@ -125,6 +128,9 @@ def mine(
         doc_max_length=doc_max_length,
         dtype=dtype,
         token_budget=token_budget,
+        csv_delimiter=csv_delimiter,
+        csv_quote=csv_quote,
+        csv_escape=csv_escape,
         device=device,
     )
     settings = mining.MiningSettings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,7 +78,7 @@ def _print_json(question: str, hits: list[Hit]) -> None:
     print(json.dumps({"question": question, "hits": values}, ensure_ascii=False))
 
 
-def _named(hit: Hit) -> dict[str, dict[str, str | None]]:
+def _named(hit: Hit) -> dict[str, dict[str, Any]]:
     return {"columns": hit.columns} if hit.columns else {}
 
 
@@ -95,12 +95,18 @@ def _print_table(question: str, hits: list[Hit]) -> None:
         table.add_column(name, overflow="fold")
     for hit in hits:
         values = [Text(_snippet(hit.columns[name])) for name in names]
-        table.add_row(f"{hit.score:.4f}", Text(hit.id), *values)
+        table.add_row(f"{hit.score:.4f}", Text(_flat(hit.id)), *values)
     console = Console()
     console.print(table)
     console.print()
 
 
-def _snippet(text: str | None) -> str:
-    flat = " ".join((text or "").split())
+def _flat(value: Any) -> str:
+    """A value on one line."""
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "" if value is None else " ".join(shown.split())
+
+
+def _snippet(value: Any) -> str:
+    flat = _flat(value)
     return flat if len(flat) <= SNIPPET_CHARACTERS else flat[: SNIPPET_CHARACTERS - 1] + "…"

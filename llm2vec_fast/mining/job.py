@@ -23,12 +23,14 @@ from llm2vec_fast.bulk.encoding import LoadEncoder, load_encoder
 from llm2vec_fast.bulk.folder import remove_embeddings
 from llm2vec_fast.bulk.job import embed
 from llm2vec_fast.bulk.manifest import read_manifest
-from llm2vec_fast.errors import InputError, OutputError
+from llm2vec_fast.data.inputs import InputFile, find_inputs
+from llm2vec_fast.data.tables import Rows, TableRows
+from llm2vec_fast.data.writing import Added, write_rows
+from llm2vec_fast.errors import OutputError
 from llm2vec_fast.jobs.changes import changed_error
 from llm2vec_fast.jobs.files import LEFTOVERS, is_leftover, remove_own, replace_json, replacing, sha256_of
 from llm2vec_fast.jobs.lock import HOLDER, LOCK, only_job
 from llm2vec_fast.jobs.typed import of_type
-from llm2vec_fast.mining.rows import Added, Rows, TableRows, write_rows
 from llm2vec_fast.mining.search import Found, find_negatives
 from llm2vec_fast.mining.settings import MiningSettings
 from llm2vec_fast.mining.texts import MiningTexts, read_mining_texts, write_texts
@@ -54,7 +56,7 @@ class Outcome:
 
 
 def mine(
-    pairs: Path,
+    pairs: Sequence[str],
     output: Path,
     settings: MiningSettings,
     corpora: Sequence[str] = (),
@@ -66,16 +68,16 @@ def mine(
     """Find hard negatives for every pair among all documents, or go on where an earlier run of the same job ended.
 
     A document is a row's hard negative if its cosine to the query is below a share of that of the row's own document
-    (Moreira et al., 2024, arXiv:2407.15831), and if it is not the same thing (`training.pairs.same_things`). Of those
+    (Moreira et al., 2024, arXiv:2407.15831), and if it is not the same thing (`data.pairs.same_things`). Of those
     the nearest are taken. The search is exact.
 
     Args:
-        pairs: jsonl, csv or parquet.
+        pairs: files, folders and globs of any format but txt; see `find_inputs`.
         output: jsonl or parquet: the rows that have a query and a document, with all their columns as they are, and
             ``negative`` (a list, nearest first), ``negative_score`` and ``positive_score`` in the place of columns of
-            those names.
+            those names. Rows that have none are listed in a file beside it, which ends in .errors.jsonl.
         settings: the encoder and all else that decides the result.
-        corpora: files of further documents; those of the pairs are searched in any case.
+        corpora: files, folders and globs of further documents; those of the pairs are searched in any case.
         load: makes the encoder.
         stop: set it and the job ends soon.
         notify: takes sentences for the user.
@@ -88,13 +90,16 @@ def mine(
     if output.suffix.lower() not in WRITERS:
         raise OutputError(f"{output} is of a format that its name does not tell: end it in {' or '.join(WRITERS)}")
     folder = output.with_name(f"{output.name}.mining")
+    listing = output.with_name(f"{output.name}.errors.jsonl")
+    files = find_inputs(pairs, [output, folder, listing], notify)
+    more = find_inputs(corpora, [output, folder, listing], notify) if corpora else []
     _prepare(folder, output)
     with _working_in(folder, output):
         _require_absent(output)  # a job that had the lock until now may have written it
-        _open(folder, pairs, corpora, settings)
-        texts = read_mining_texts(pairs, corpora, settings)
+        _open(folder, [*files, *more], settings)
+        texts = read_mining_texts(files, more, settings, listing, notify)
         # What does not fit a parquet file is told before the work is done.
-        rows = TableRows(texts.rows.table()) if _is_parquet(output) else texts.rows
+        rows = TableRows(texts.rows.table(), texts.rows.places) if _is_parquet(output) else texts.rows
         notify(f"{len(texts.queries):,} queries, {len(texts.documents):,} documents")
         instructions = settings.encoder.instruction, settings.documents_instruction
         queries, documents = (
@@ -155,12 +160,9 @@ def _is_parquet(output: Path) -> bool:
     return output.suffix.lower() == ".parquet"
 
 
-def _open(folder: Path, pairs: Path, corpora: Sequence[str], settings: MiningSettings) -> None:
+def _open(folder: Path, files: Sequence[InputFile], settings: MiningSettings) -> None:
     """Refuse a folder that another job left."""
-    for name in (pairs, *corpora):
-        if not Path(name).is_file():
-            raise InputError(f"{name} does not exist: check the path")
-    asked = {**settings.as_json(), _INPUTS: [sha256_of(Path(name)) for name in (pairs, *corpora)]}
+    asked = {**settings.as_json(), _INPUTS: [sha256_of(Path(file.path)) for file in files]}
     asked = json.loads(json.dumps(asked))
     path = folder / _JOB
     if not path.exists():

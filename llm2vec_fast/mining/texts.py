@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from llm2vec_fast.data.inputs import InputFile
+from llm2vec_fast.data.pairs import PairColumns, identity, same_things
+from llm2vec_fast.data.reading import check_heads, texts_of
+from llm2vec_fast.data.rows import Asked, LeftOut, Problem
+from llm2vec_fast.data.tables import Rows, all_rows
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.jobs.files import replacing
-from llm2vec_fast.mining.rows import Rows, read_rows_of
+from llm2vec_fast.jobs.files import json_bytes, replacing
 from llm2vec_fast.mining.settings import MiningSettings
-from llm2vec_fast.training.packing import identity
-from llm2vec_fast.training.pairs import name_in, same_things, texts_in
-from llm2vec_fast.training.texts import read_texts
 
 
 @dataclass
@@ -39,40 +40,91 @@ class MiningTexts:
     document_things: np.ndarray
 
 
-def read_mining_texts(pairs: Path, corpora: Sequence[str], settings: MiningSettings) -> MiningTexts:
+def read_mining_texts(
+    pairs: Sequence[InputFile],
+    corpora: Sequence[InputFile],
+    settings: MiningSettings,
+    listing: Path,
+    notify: Callable[[str], None] = lambda sentence: None,
+) -> MiningTexts:
     """Read the pairs, and further documents.
+
+    Args:
+        listing: gets a line for each row that is left out, if there are any.
+        notify: takes a sentence about these.
 
     Raises:
         UserError: a file cannot be read, or lacks a column, or there is no pair.
     """
-    found = read_rows_of(pairs, texts=(settings.query_column, settings.positive_column))
-    for column in (settings.query_column, settings.positive_column, settings.id_column):
-        if column is not None and column not in found.names:
-            raise UserError(f"{pairs} has no column {column!r}: there are {', '.join(found.names)}")
-    queries = [next(texts_in(value), "") for value in found.column(settings.query_column)]
-    own = [list(texts_in(value)) for value in found.column(settings.positive_column)]
-    kept = [i for i, (query, texts) in enumerate(zip(queries, own, strict=True)) if query and texts]
-    if not kept:
+    csv, columns = (
+        settings.encoder.csv,
+        PairColumns(settings.query_column, settings.positive_column, (), settings.id_column),
+    )
+    asked = columns.asked("--{}-column")
+    for sentence in check_heads(pairs, asked, csv):
+        notify(sentence)
+    found, problems = all_rows(pairs, asked, csv)
+    total = len(found.places) + len(problems)
+    some, kept = [], []
+    for i, values in enumerate(zip(*(found.column(each.name) for each in asked), strict=True)):
+        pair, wrong = columns.pair(values)
+        if wrong is None:
+            some.append(pair)
+            kept.append(i)
+        else:
+            name, row, line = found.places[i]
+            problems.append(Problem(name, row, None, wrong, line=line))
+    more, others = _documents(corpora, settings, notify)
+    _tell(total + len(more) + len(others), [*problems, *others], listing, notify)
+    if not some:
+        why = f" (the first, {problems[0].place}: {problems[0].reason})" if problems else ""
         raise UserError(
-            f"{pairs} has no row with a text in {settings.query_column!r} and in {settings.positive_column!r}: check "
-            "the columns"
+            f"{pairs[0].shown} has no row with a text in {settings.query_column!r} and in "
+            f"{settings.positive_column!r}: check the columns{why}"
         )
-    rows, queries, own = found.kept(kept), [queries[i] for i in kept], [own[i] for i in kept]
-    more = read_texts(list(corpora), settings.text_column)["text"] if corpora else []
     documents: dict[int, str] = {}
-    for text in (*(text for texts in own for text in texts), *more):
+    for text in (*(text for pair in some for text in pair.positives), *more):
         documents.setdefault(identity(text), text)
     places = {name: place for place, name in enumerate(documents)}
-    ids = [None] * len(kept) if settings.id_column is None else rows.column(settings.id_column)
-    things = same_things(queries, own, [name_in(value) for value in ids])
+    own = [pair.positives for pair in some]
+    things = same_things([pair.query for pair in some], own, [pair.name for pair in some])
     return MiningTexts(
-        rows=rows,
-        queries=queries,
+        rows=found.kept(kept),
+        queries=[pair.query for pair in some],
         documents=list(documents.values()),
         positives=[[places[identity(text)] for text in texts] for texts in own],
         things=np.array([things.of_row(i) for i in range(len(kept))], np.int64),
         document_things=np.array([things.of_text(text) for text in documents.values()], np.int64),
     )
+
+
+def _documents(
+    corpora: Sequence[InputFile], settings: MiningSettings, notify: Callable[[str], None]
+) -> tuple[list[str], list[Problem]]:
+    if not corpora:
+        return [], []
+    asked = [Asked(settings.text_column, "--text-column", text=True)]
+    for sentence in check_heads(corpora, asked, settings.encoder.csv):
+        notify(sentence)
+    texts, problems = [], []
+    for found in (found for file in corpora for found in texts_of(file, asked[0], settings.encoder.csv)):
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            texts.append(found)
+    return texts, problems
+
+
+def _tell(rows: int, problems: Sequence[Problem], listing: Path, notify: Callable[[str], None]) -> None:
+    """Say which rows are left out, and list them all."""
+    if not problems:
+        return
+    left = LeftOut(rows)
+    left.add(problems)
+    with replacing(listing) as file:
+        for problem in problems:
+            file.write(json_bytes(problem.as_json()) + b"\n")
+    notify(left.sentence(str(listing)))
 
 
 def write_texts(path: Path, texts: Sequence[str]) -> None:

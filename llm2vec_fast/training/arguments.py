@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from llm2vec_fast.data.delimited import Csv
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.kernels.pooling import POOLING_MODES
 from llm2vec_fast.loading import best_device
@@ -48,9 +50,25 @@ class StageArguments(TrainingArguments):
         default=False, metadata={"help": "Train the last of these adapters on, instead of a new one."}
     )
     train_file: list[str] = field(
-        default_factory=list, metadata={"help": "Texts to train on: txt (one a line), jsonl, csv or parquet files."}
+        default_factory=list,
+        metadata={
+            "help": "Texts to train on: files, folders and globs of txt (one a line), jsonl, json, csv, tsv or "
+            "parquet; but for the last as .gz, .bz2, .xz or .zst, too."
+        },
     )
     validation_file: list[str] = field(default_factory=list, metadata={"help": "Texts to evaluate on."})
+    csv_delimiter: str | None = field(
+        default=None,
+        metadata={"help": "What parts the fields of csv and tsv files; by default a tab in .tsv, else what fits."},
+    )
+    csv_quote: str | None = field(
+        default=None,
+        metadata={"help": 'What is around fields of csv and tsv files, or none; by default " in .csv, none in .tsv.'},
+    )
+    csv_escape: str | None = field(
+        default=None,
+        metadata={"help": "What stands before a quote inside a field; by default such a quote is doubled."},
+    )
     max_seq_length: int = field(default=512, metadata={"help": "Tokens of a sequence; what is beyond is cut."})
     model_dtype: str = field(
         default="auto",
@@ -113,6 +131,16 @@ class StageArguments(TrainingArguments):
             self._n_gpu = 1
 
     @property
+    def csv(self) -> Csv:
+        """How csv and tsv files are read."""
+        return Csv(self.csv_delimiter, self.csv_quote, self.csv_escape)
+
+    def listing(self, *, validation: bool, number: int = 0) -> Path:
+        """The file that lists the rows left out of the training or validation files, or of one of them."""
+        name = "validation" if validation else "train"
+        return Path(self.output_dir) / f"{name}_errors{f'-{number}' if number else ''}.jsonl"
+
+    @property
     def seed_of_data(self) -> int:
         """What decides the order of the data and what is drawn from them."""
         return self.seed if self.data_seed is None else self.data_seed
@@ -128,7 +156,7 @@ class MntpArguments(StageArguments):
 
     STAGE: ClassVar[str] = "mntp"
 
-    text_column: str = field(default="text", metadata={"help": "The column with the text in jsonl, csv and parquet."})
+    text_column: str = field(default="text", metadata={"help": "The column with the text; a.b is one inside another."})
     mlm_probability: float = field(default=0.2, metadata={"help": "Share of the tokens that is hidden."})
     data_collator_type: str = field(
         default="default",
@@ -231,7 +259,7 @@ class SimcseArguments(EmbeddingArguments):
 
     STAGE: ClassVar[str] = "simcse"
 
-    text_column: str = field(default="text", metadata={"help": "The column with the text in jsonl, csv and parquet."})
+    text_column: str = field(default="text", metadata={"help": "The column with the text; a.b is one inside another."})
     attention_dropout: float = field(default=0.3, metadata={"help": "Share of the attention weights dropped."})
     max_seq_length: int = field(default=128, metadata={"help": "Tokens of a text; what is beyond is cut."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Texts of a step; each is there twice."})
@@ -248,7 +276,10 @@ class ContrastiveArguments(EmbeddingArguments):
 
     train_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "Pairs to train on: jsonl, csv or parquet files; a batch holds rows of one of them."},
+        metadata={
+            "help": "Pairs to train on: files, folders and globs of jsonl, json, csv, tsv or parquet; a batch holds "
+            "rows of one of them."
+        },
     )
     query_column: str = field(default="query", metadata={"help": "The column with the query."})
     positive_column: str = field(

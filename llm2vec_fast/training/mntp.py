@@ -25,7 +25,7 @@ from llm2vec_fast.training.models import load_model
 from llm2vec_fast.training.packing import filled
 from llm2vec_fast.training.run import ROWS, StageTrainer, run
 from llm2vec_fast.training.sampling import DrawnAnew, NextEpoch
-from llm2vec_fast.training.texts import read_texts, tokenise
+from llm2vec_fast.training.texts import read_texts_of, tokenise
 
 
 class MntpCollator:
@@ -153,7 +153,7 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
 
 def _tokens(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments) -> HubDataset:
     with arguments.main_process_first(desc="tokenising"):  # the others read what it has put on disk
-        texts = read_texts(files, arguments.text_column)
+        texts = read_texts_of(arguments, files)
         return tokenise(texts, tokenizer, arguments.max_seq_length, line_by_line=arguments.line_by_line)
 
 

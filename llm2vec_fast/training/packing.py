@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,9 +61,3 @@ def filled(batch: dict[str, Any]) -> dict[str, Any]:
     if "layout" in batch:
         batch["layout"] = SequenceLayout.from_lengths([*batch["layout"].lengths.tolist(), spare])
     return batch
-
-
-def identity(text: str) -> int:
-    """A number that texts share only if they are equal but for white space; the same on every machine."""
-    digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

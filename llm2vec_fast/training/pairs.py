@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from llm2vec_fast.data.delimited import Csv
+from llm2vec_fast.data.inputs import InputFile, find_inputs
+from llm2vec_fast.data.pairs import PairColumns, same_things
+from llm2vec_fast.data.reading import check_heads, rows_of
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import NEGATIVE_COLUMNS, ContrastiveArguments
-from llm2vec_fast.training.packing import identity
 from llm2vec_fast.training.sampling import DrawnAnew
-from llm2vec_fast.training.texts import read_rows
+from llm2vec_fast.training.texts import PLACE, cached, places_of, tell_left_out, whole_rows
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +30,11 @@ class Pairs(DrawnAnew):
     What is drawn follows from the seed, the epoch and the row alone.
 
     Attributes:
-        sizes: rows of each file, which are numbered one file after the other.
+        sizes: rows of each entry, which are numbered one entry after the other.
     """
 
     def __init__(self, files: Sequence[str], arguments: ContrastiveArguments, *, validation: bool = False) -> None:
-        """Read the files.
+        """Read the files; a folder or a glob is one set of rows, as a file is.
 
         Raises:
             UserError: a file cannot be read, lacks a column, or holds no row with a query and a document.
@@ -39,7 +43,10 @@ class Pairs(DrawnAnew):
         self._query_instructions = _instructions("query_instruction", files, arguments, validation)
         self._document_instructions = _instructions("document_instruction", files, arguments, validation)
         self._seed, self._count = arguments.seed_of_data, arguments.negatives
-        read = [_read(name, arguments) for name in files]
+        first = arguments.process_index == 0
+        listings = [arguments.listing(validation=validation, number=i) if first else None for i in range(len(files))]
+        notify = logger.warning if first else _say_nothing
+        read = [_read(name, arguments, listing, notify) for name, listing in zip(files, listings, strict=True)]
         self.sizes = [len(rows) for rows in read]
         self._rows = concatenate_datasets(read)
         self._things = same_things(self._rows[_QUERY], self._rows[_POSITIVE], self._rows[_THING])
@@ -66,101 +73,43 @@ class Pairs(DrawnAnew):
         }
 
 
-class SameThings:
-    """Which documents count as the same thing, and so never as each other's negatives; see `same_things`."""
-
-    def __init__(self, of_rows: np.ndarray, of_texts: dict[int, int]) -> None:
-        self._of_rows, self._of_texts = of_rows, of_texts
-
-    def of_row(self, row: int) -> int:
-        """The thing that a row's documents are."""
-        return int(self._of_rows[row])
-
-    def of_text(self, text: str) -> int:
-        """The thing that a text is: that of the rows whose document it is, else one of its own."""
-        name = identity(text)
-        return self._of_texts.get(name, name)
-
-
-def same_things(queries: Sequence[str], positives: Sequence[Sequence[str]], names: Sequence[str | None]) -> SameThings:
-    """Rows are the same thing if they share the query, a document, or the name given; and so on, from row to row.
-
-    Args:
-        queries: of each row.
-        positives: the documents of each row, at least one.
-        names: what each row is called, None where it has no name.
-    """
-    marks = [
-        [identity(query), *map(identity, documents), *([] if name is None else [identity(f"name {name}")])]
-        for query, documents, name in zip(queries, positives, names, strict=True)
-    ]
-    thing = {mark: mark for row in marks for mark in row}
-
-    def root(mark: int) -> int:
-        while thing[mark] != mark:
-            thing[mark] = thing[thing[mark]]
-            mark = thing[mark]
-        return mark
-
-    for first, *others in marks:
-        for other in others:
-            low, high = sorted((root(first), root(other)))
-            thing[high] = low
-    return SameThings(np.array([root(row[0]) for row in marks], np.int64), {mark: root(mark) for mark in thing})
-
-
-def _read(name: str, arguments: ContrastiveArguments) -> Dataset:
-    """One file's rows: ``query``, ``positives`` and ``negatives`` (lists) and ``thing`` (None for no name)."""
-    found = read_rows([name])
-    missing = [c for c in (arguments.query_column, arguments.positive_column) if c not in found.column_names]
-    asked = [c for c in arguments.negative_columns if c not in found.column_names]
-    if arguments.negative_columns != list(NEGATIVE_COLUMNS):
-        missing += asked
-    missing += [c for c in [arguments.id_column] if c is not None and c not in found.column_names]
-    if missing:
-        raise UserError(f"{name} has no column {missing[0]!r}: there are {', '.join(found.column_names)}")
-    query, positive, name_of = arguments.query_column, arguments.positive_column, arguments.id_column
-    negatives = [c for c in arguments.negative_columns if c in found.column_names]
-
-    def arrange(row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            _QUERY: row[query] if isinstance(row[query], str) else "",
-            _POSITIVE: list(texts_in(row[positive])),
-            _NEGATIVES: [text for column in negatives for text in texts_in(row[column])],
-            _THING: None if name_of is None else name_in(row[name_of]),
-        }
-
-    rows = found.map(arrange, remove_columns=found.column_names, features=_features(), desc="arranging")
-    rows = rows.filter(lambda row: bool(row[_QUERY].strip() and row[_POSITIVE]), desc="keeping rows with texts")
+def _read(entry: str, arguments: ContrastiveArguments, listing: Path | None, notify: Callable[[str], None]) -> Dataset:
+    """One entry's rows: ``query``, ``positives`` and ``negatives`` (lists) and ``thing`` (None for no name)."""
+    files = find_inputs([entry], [Path(arguments.output_dir)], notify)
+    columns = PairColumns(
+        arguments.query_column,
+        arguments.positive_column,
+        tuple(arguments.negative_columns),
+        arguments.id_column,
+        negatives_required=arguments.negative_columns != list(NEGATIVE_COLUMNS),
+    )
+    for sentence in check_heads(files, columns.asked("{}_column"), arguments.csv):
+        notify(sentence)
+    texts = Value("string")
+    features = Features(
+        {_QUERY: texts, _POSITIVE: List(texts), _NEGATIVES: List(texts), _THING: texts, **PLACE}
+    )  # fmt: skip
+    found = cached(_pairs, features, files=tuple(files), columns=columns, csv=arguments.csv)
+    first = tell_left_out(found, listing, notify)
+    rows = whole_rows(found)
     if not len(rows):
-        raise UserError(f"{name} has no row with a text in {query!r} and in {positive!r}: check the columns")
-    if len(rows) < len(found) and arguments.process_index == 0:
-        logger.warning(
-            "%d of %d rows of %s are left out: no text in %r or in %r",
-            len(found) - len(rows), len(found), name, query, positive,
-        )  # fmt: skip
-    return rows
+        why = f" (the first, {first.place}: {first.reason})" if first else ""
+        raise UserError(
+            f"{entry} has no row with a text in {columns.query!r} and in {columns.positive!r}: check the columns{why}"
+        )
+    return rows.select_columns([_QUERY, _POSITIVE, _NEGATIVES, _THING])
 
 
-def _features() -> Any:
-    from datasets import Features, List, Value
-
-    text = Value("string")
-    return Features({_QUERY: text, _POSITIVE: List(text), _NEGATIVES: List(text), _THING: text})
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """The texts that are not empty in a column's value, which is one, a list of them, or none."""
-    for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str) and text.strip():
-            yield text
+def _pairs(files: Sequence[InputFile], columns: PairColumns, csv: Csv, code: str) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for row, place in places_of(file, rows_of(file, columns.asked("{}_column"), csv)):
+            pair, wrong = columns.pair(row.values)
+            found = {_QUERY: pair.query, _POSITIVE: pair.positives, _NEGATIVES: pair.negatives, _THING: pair.name}
+            yield {**found, **place, "problem": place["problem"] or wrong}
 
 
-def name_in(value: Any) -> str | None:
-    """What a column of ids calls a row; None where it has no value, NaN or a text of nothing."""
-    if isinstance(value, float) and value.is_integer():  # columns of numbers that miss one are often floats
-        value = int(value)
-    return None if value is None or value != value or not str(value).strip() else str(value)
+def _say_nothing(sentence: str) -> None:
+    """One process of several speaks."""
 
 
 def _instructions(name: str, files: Sequence[str], arguments: ContrastiveArguments, validation: bool) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llm2vec_fast.adapters import adapter_source
+from llm2vec_fast.data.inputs import find_inputs, printable
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.loading import ADAPTER_WEIGHTS
 from llm2vec_fast.saving import write_json
@@ -101,9 +101,15 @@ def _settings(arguments: TrainingArguments) -> dict[str, Any]:
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     settings = {"stage": arguments.STAGE, "sequences_of_a_step": batch}
     settings |= {name: getattr(arguments, name, None) for name in (*own, *_DECISIVE)}
-    settings["train_file"] = [f"{Path(x).name} of {os.path.getsize(x):,} bytes" for x in arguments.train_file]
+    files = [path for x in arguments.train_file for path in _files(x, Path(arguments.output_dir))]
+    settings["train_file"] = [f"{printable(path.name)} of {path.stat().st_size:,} bytes" for path in files]
     settings["peft_model_name_or_path"] = list(map(_adapter, _several(arguments.peft_model_name_or_path)))
     return json.loads(json.dumps(settings, default=lambda x: getattr(x, "value", None) or str(x)))
+
+
+def _files(entry: str, folder: Path) -> list[Path]:
+    """A file, or those of a folder or glob."""
+    return [Path(entry)] if Path(entry).is_file() else [Path(file.path) for file in find_inputs([entry], [folder])]
 
 
 def _several(given: str | list[str] | None) -> Iterator[str]:

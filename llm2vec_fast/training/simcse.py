@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from llm2vec_fast.data.pairs import identity
 from llm2vec_fast.tokenization import TextTokenizer
 from llm2vec_fast.training.arguments import SimcseArguments
 from llm2vec_fast.training.contrast import IDS, QUERIES, ContrastiveTrainer, load_embedding_model
-from llm2vec_fast.training.packing import identity, pack
+from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.run import ROWS, run
-from llm2vec_fast.training.texts import Numbered, read_texts
+from llm2vec_fast.training.texts import Numbered, read_texts_of
 
 
 class SimcseCollator:
@@ -49,7 +50,7 @@ def train_simcse(arguments: SimcseArguments, callbacks: Sequence[TrainerCallback
     """
     with arguments.main_process_first(desc="reading texts"):  # the others read what it has put on disk
         texts = {
-            name: Numbered(read_texts(files, arguments.text_column))
+            name: Numbered(read_texts_of(arguments, files))
             for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
             if files
         }

@@ -3,83 +3,151 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec_fast.errors import UserError
+from llm2vec_fast import data
+from llm2vec_fast.data.delimited import Csv
+from llm2vec_fast.data.inputs import InputFile, find_inputs
+from llm2vec_fast.data.reading import check_heads, rows_of
+from llm2vec_fast.data.rows import Asked, LeftOut, Problem, Row, text_of
+from llm2vec_fast.errors import InputError, UserError
+from llm2vec_fast.jobs.files import json_bytes, replacing
+from llm2vec_fast.training.arguments import MntpArguments, SimcseArguments
 
-_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}  # NA and null are words that a text may be
-_TEXT_COLUMN = "text"  # what the reader of plain text calls it
+logger = logging.getLogger(__name__)
+
 SHORTEST = 2  # tokens: the first is predicted by none
+LISTED = 100_000  # rows left out that a file lists
+PLACE = {"problem": Value("string"), "file": Value("string"), "row": Value("int64"), "line": Value("int64")}
 
 
-def read_texts(files: Sequence[str], text_column: str) -> Dataset:
-    """One column ``text`` of non-empty strings, a row a text.
+def read_texts(
+    entries: Sequence[str],
+    text_column: str,
+    csv: Csv = Csv(),  # noqa: B008 - it is frozen
+    listing: Path | None = None,
+    notify: Callable[[str], None] = logger.warning,
+    exclude: Sequence[Path] = (),
+) -> Dataset:
+    """One column ``text`` of texts, a row a text.
+
+    Args:
+        entries: files, folders and globs; see `find_inputs`.
+        text_column: where the text is; a plain text file has one a line.
+        csv: how csv and tsv files are written.
+        listing: gets a line for each row that is left out, the first of them at least.
+        notify: takes sentences about what is left out or passed over.
+        exclude: folders of which nothing is taken from a folder or a glob.
 
     Raises:
-        UserError: see `read_rows`; or the column is missing, or no row has a text in it.
+        UserError: a file is missing, of an unknown format, damaged or without the column, or no row has a text.
     """
-    texts = read_rows(files)
-    column = _TEXT_COLUMN if Path(files[0]).suffix.lower() == ".txt" else text_column
-    if column not in texts.column_names:
-        raise UserError(f"{_named(files)} has no column {column!r}: there are {', '.join(texts.column_names)}")
-    texts = texts.select_columns([column]).rename_column(column, "text") if column != "text" else texts
-    texts = texts.select_columns(["text"]).filter(
-        lambda batch: [isinstance(text, str) and bool(text.strip()) for text in batch["text"]],
-        batched=True,
-        desc="texts",
-    )
+    files = find_inputs(entries, exclude, notify)
+    asked = Asked(text_column, "text_column", text=True)
+    for sentence in check_heads(files, [asked], csv):
+        notify(sentence)
+    features = Features({"text": Value("string"), **PLACE})
+    texts = cached(_texts, features, files=tuple(files), asked=asked, csv=csv)
+    first = tell_left_out(texts, listing, notify)
+    texts = whole_rows(texts)
     if not len(texts):
-        raise UserError(f"{_named(files)} has no text in column {column!r}: check the file")
-    return texts
+        why = f" (the first, {first.place}: {first.reason})" if first else ""
+        raise UserError(f"{named(files)} has no text in column {text_column!r}: check the file{why}")
+    return texts.select_columns(["text"])
 
 
-def read_rows(files: Sequence[str]) -> Dataset:
-    """All columns of some files of one format.
+def read_texts_of(arguments: MntpArguments | SimcseArguments, files: Sequence[str]) -> Dataset:
+    """`read_texts` of a stage; one process of several speaks."""
+    settings = {"text_column": arguments.text_column, "csv": arguments.csv, "exclude": [Path(arguments.output_dir)]}
+    if arguments.process_index:
+        return read_texts(files, **settings, notify=lambda sentence: None)
+    return read_texts(files, **settings, listing=arguments.listing(validation=files is arguments.validation_file))
+
+
+def cached(generate: Callable[..., Iterator[dict[str, Any]]], features: Features, **arguments: Any) -> Dataset:
+    """What a function of this package yields, kept on disk: made once for the same arguments, of which the files have
+    their sizes and times of change, and for the same readers.
 
     Raises:
-        UserError: a file is missing, of an unknown format, or not readable.
+        UserError: that of the function.
     """
-    kinds = {Path(name).suffix.lower() for name in files}
-    unknown = sorted(kinds - set(_READERS))
-    if unknown:
-        raise UserError(f"files ending in {unknown[0] or 'nothing'!r} are not known: give {', '.join(_READERS)} files")
-    readers = sorted({_READERS[kind] for kind in kinds})
-    if len(readers) > 1:
-        raise UserError(f"{_named(files)} are of several formats ({', '.join(readers)}): give files of one")
-    for name in files:
-        if not Path(name).is_file():
-            raise UserError(f"{name} does not exist: check the path")
+    places = [*sorted(Path(str(data.__file__)).parent.glob("*.py")), Path(generate.__code__.co_filename)]
+    code = hashlib.sha256(b"".join(place.read_bytes() for place in places)).hexdigest()
     try:
-        rows = load_dataset(readers[0], data_files=list(files), split="train", **_OPTIONS.get(readers[0], {}))
-        if readers[0] == "json":  # whose reader takes any bytes for text
-            rows.data.validate(full=True)
-    except Exception as error:  # the readers of damaged files raise anything
-        raise _unreadable(files, error) from error
-    return rows
+        return Dataset.from_generator(generate, features=features, gen_kwargs={**arguments, "code": code})
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    except ValueError as error:
+        if "no data" not in str(error):  # what the library says of no rows
+            raise
+        return Dataset.from_dict({name: [] for name in features}, features=features)
 
 
-def _unreadable(files: Sequence[str], error: Exception) -> UserError:
-    """The sentence for files that a reader failed on."""
-    empty = [name for name in files if not Path(name).stat().st_size]
-    if empty:
-        return UserError(f"{empty[0]} is empty: give a file with texts, or leave it out")
-    cause = error.__cause__ or error  # datasets says no more than that it failed
-    if isinstance(cause, UnicodeDecodeError) or "UTF8" in str(cause):
-        return UserError(f"{_named(files)} is not UTF-8: save it as UTF-8")
-    return UserError(f"{_named(files)} cannot be read: {' '.join(str(cause).split())[:300] or type(cause).__name__}")
+def places_of(file: InputFile, rows: Iterator[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Rows of a file with what `PLACE` names.
+
+    Raises:
+        InputError: the file is damaged: training on a part of it would go unnoticed.
+    """
+    number = 1
+    for row in rows:
+        if row.damaged:
+            raise InputError(f"{file.shown}: {row.problem}")
+        yield row, {"problem": row.problem, "file": file.name, "row": number, "line": row.line}
+        number += row.rows
 
 
-def _named(files: Sequence[str]) -> str:
+def whole_rows(rows: Dataset) -> Dataset:
+    """Those that nothing is wrong with."""
+    if rows.data.column("problem").null_count == len(rows):
+        return rows
+    return rows.filter(lambda problems: [x is None for x in problems], input_columns=["problem"], batched=True)
+
+
+def tell_left_out(rows: Dataset, listing: Path | None, notify: Callable[[str], None]) -> Problem | None:
+    """Say which rows are left out, and list them. Returns the first."""
+    places = pc.indices_nonzero(pc.is_valid(rows.data.column("problem"))).to_pylist()
+    if listing is not None:
+        listing.unlink(missing_ok=True)  # of an earlier run
+    if not places:
+        return None
+    known = rows.select_columns(list(PLACE)).select(places[:LISTED])
+    problems = [Problem(row["file"], row["row"], None, row["problem"], line=row["line"]) for row in known]
+    left = LeftOut(len(rows))
+    left.add(problems)
+    left.count = len(places)
+    if listing is not None:
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(listing) as file:
+            file.writelines(json_bytes(problem.as_json()) + b"\n" for problem in problems)
+    what = "them all" if len(places) <= LISTED else f"the first {LISTED:,}"
+    notify(left.sentence(None if listing is None else str(listing), what))
+    return problems[0]
+
+
+def named(files: Sequence[InputFile]) -> str:
     """The files, of many the first few."""
-    return ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+    return ", ".join(file.shown for file in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+
+
+def _texts(files: Sequence[InputFile], asked: Asked, csv: Csv, code: str) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for row, place in places_of(file, rows_of(file, [asked], csv)):
+            text, wrong = text_of(row.values[0])
+            yield {"text": text, **place, "problem": place["problem"] or wrong}
 
 
 class Numbered(torch.utils.data.Dataset):

@@ -30,7 +30,7 @@ def fake(*arguments: object, **extra: str) -> Result:
 
 def execute(command: list[str], arguments: tuple[object, ...], extra: dict[str, str]) -> Result:
     words = [*command, *map(str, arguments)]
-    return subprocess.run(words, env=ENVIRONMENT | extra, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, env=ENVIRONMENT | extra, capture_output=True, text=True, errors="replace", timeout=300)
 
 
 def assert_one_sentence(result: Result, *words: str, code: int = 1) -> None:
@@ -213,3 +213,33 @@ def test_a_device_that_is_not_there_is_one_sentence(invoke: Callable[..., Result
     checkpoint = REPOSITORY / "tests" / "data" / "reference" / "llama"
     result = invoke("embed", tmp_path / "a.txt", "-m", checkpoint, "-o", tmp_path / "out", "--device", "warp:9")
     assert_one_sentence(result, "device warp:9 cannot be used", "doctor")
+
+
+@pytest.mark.parametrize("console", ["ascii", "cp1252"])
+def test_what_a_console_cannot_show_is_escaped(tmp_path: Path, model: Path, console: str) -> None:
+    """A file name with a byte of latin-1, an id with half a character, letters that the console has not."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    Path(path).write_text('{"text": "a 猫", "id": "b"}\n{"text": 5, "id": "c"}\n{"text": "a", "id": "\\ud83d"}\n{')
+    done = fake("embed", path, "-m", model, "-o", tmp_path / "out", "--id-column", "id", "--keep-columns", "text",
+                PYTHONIOENCODING=console)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "done: 1 rows" in done.stderr
+    found = fake("search", tmp_path / "out", "猫", PYTHONIOENCODING=console)
+    assert (found.returncode, "\\u732b" in found.stdout) == (0, True), found.stderr
+    as_json = fake("search", tmp_path / "out", "猫", "--json", PYTHONIOENCODING=console)
+    assert json.loads(as_json.stdout)["hits"][0]["columns"] == {"text": "a 猫"}
+    missing = fake("embed", f"{path}.gone", "-m", model, "-o", tmp_path / "other", PYTHONIOENCODING=console)
+    assert_one_sentence(missing, "caf\\xe9.jsonl.gone does not exist")
+
+
+def test_the_options_of_reading_are_the_same_in_all_commands() -> None:
+    from llm2vec_fast.training.arguments import ContrastiveArguments, SimcseArguments
+
+    shown = {verb: real(verb, "--help").stdout for verb in ("embed", "mine")}
+    for name in ("text_column", "csv_delimiter", "csv_quote", "csv_escape"):
+        assert f"--{name.replace('_', '-')}" in shown["embed"]
+        assert f"--{name.replace('_', '-')}" in shown["mine"]
+        assert name in SimcseArguments.__dataclass_fields__
+    for name in ("query_column", "positive_column", "id_column", "csv_delimiter", "csv_quote", "csv_escape"):
+        assert f"--{name.replace('_', '-')}" in shown["mine"]
+        assert name in ContrastiveArguments.__dataclass_fields__

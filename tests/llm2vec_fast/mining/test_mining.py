@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_encoder import NO_TOKEN, NOT_FINITE, FakeEncoder, embedding_of
@@ -54,7 +57,7 @@ def run(tmp_path: Path, model: Path) -> Callable[..., Outcome]:
         of_encoder = EmbedSettings(
             str(model), rows_per_shard=10, device="cpu", instruction=options.pop("instruction", None)
         )
-        return mine(path, tmp_path / output, MiningSettings(of_encoder, **options), load=load, **given)
+        return mine([str(path)], tmp_path / output, MiningSettings(of_encoder, **options), load=load, **given)
 
     return run
 
@@ -204,7 +207,7 @@ def test_a_job_that_came_to_nothing_leaves_nothing(run, rows, tmp_path: Path, wr
 @pytest.mark.parametrize(
     ("row", "options", "error", "message"),
     [
-        ({"text": "a", "positive": "b"}, {}, UserError, "has no column 'query': there are text, positive"),
+        ({"text": "a", "positive": "b"}, {}, UserError, "has no column 'query' .--query-column.: its"),
         ({"query": "a", "positive": None}, {}, UserError, "has no row with a text in 'query' and in 'positive'"),
         ({"query": "a", "positive": "b"}, {"id_column": "key"}, UserError, "has no column 'key'"),
         ({"query": "a", "positive": "b"}, {"share": 1.5}, UserError, "share=1.5 is not a share"),
@@ -302,3 +305,58 @@ def test_the_command_writes_what_training_reads(tmp_path: Path, rows) -> None:
         texts = [text for _, text in pairs[i]["negatives"]]
         assert len(texts) == min(3, len(found[pairs[i]["query"][1]]))
         assert set(texts) <= set(found[pairs[i]["query"][1]])
+
+
+WITHOUT_EXTRA = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        extra = name.split(".")[0] in ("datasets", "pandas")
+        return None if extra else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path if hasattr(finder, "find_spec")]
+import fake_encoder
+fake_encoder.run_command_line()
+"""
+
+
+def test_mining_needs_nothing_of_the_training_extra(tmp_path: Path, model: Path, rows) -> None:
+    """Nor does any time with nanoseconds, which pandas alone has."""
+    times = pa.array(range(1, 41), pa.timestamp("ns"))
+    pq.write_table(pa.Table.from_pylist(rows).append_column("at", times), tmp_path / "pairs.parquet")
+    options = ["-m", model, "-o", tmp_path / "mined.jsonl", "--device", "cpu", "--share", "1"]
+    command = [sys.executable, "-c", WITHOUT_EXTRA, "mine", tmp_path / "pairs.parquet", *options]
+    places = os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[3])))
+    environment = {**os.environ, "PYTHONPATH": places}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [row["at"] for row in read(tmp_path / "mined.jsonl")][:2] == [
+        "1970-01-01T00:00:00.000000001", "1970-01-01T00:00:00.000000002",
+    ]  # fmt: skip
+
+
+def test_rows_left_out_are_said_and_listed(run, rows, tmp_path: Path) -> None:
+    bad = [{"query": "a", "positive": 5}, {"query": "a", "positive": ["", None]}, {"query": None, "positive": "b"}]
+    said: list[str] = []
+    assert run([*bad, {"query": "c", "positive": ["d", ""]}, *rows], notify=said.append).rows == 41
+    told = "pairs.jsonl:1 (the text in 'positive' is not a string but int '5'), pairs.jsonl:2 (the text in 'positive'"
+    assert said[0].startswith(f"3 of 44 rows are left out: {told} is empty), pairs.jsonl:3 (the text in 'query' is")
+    listed = [json.loads(line)["line"] for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
+    assert listed == [1, 2, 3]
+
+
+def test_pairs_and_documents_may_be_folders_of_any_format(run, rows, tmp_path: Path, model: Path) -> None:
+    run(rows, share=1.0, corpora=[])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.json").write_text(json.dumps(rows[:20]))
+    with gzip.open(tmp_path / "in" / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows[20:])
+    settings = MiningSettings(EmbedSettings(str(model), rows_per_shard=10, device="cpu"), share=1.0)
+    for name, given in {"in/folder": str(tmp_path / "in"), "glob": str(tmp_path / "in" / "[ab].*")}.items():
+        mine([given], tmp_path / f"{name}.jsonl", settings, load=lambda settings: FakeEncoder())
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, normalize
 from training_runs import UNCLIPPED, assert_trained_alike
 
+from llm2vec_fast.data.pairs import same_things
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.kernels import contrastive_loss
 from llm2vec_fast.training.arguments import ContrastiveArguments
@@ -26,7 +27,7 @@ from llm2vec_fast.training.checkpoints import last_checkpoint, whole_or_gone
 from llm2vec_fast.training.contrast import ContrastiveTrainer, load_embedding_model
 from llm2vec_fast.training.contrastive import PairCollator, train_contrastive
 from llm2vec_fast.training.embedding import Embedded
-from llm2vec_fast.training.pairs import Pairs, same_things
+from llm2vec_fast.training.pairs import Pairs
 from llm2vec_fast.training.sampling import OneSetAtATime
 
 Settings = Callable[..., dict[str, object]]
@@ -335,8 +336,8 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        ({"text": "a", "positive": "b"}, {}, r"rows.jsonl has no column 'query': there are text, positive"),
-        ({"query": "a"}, {}, r"has no column 'positive': there are query"),
+        ({"text": "a", "positive": "b"}, {}, r"rows.jsonl has no column 'query' .query_column.: its"),
+        ({"query": "a"}, {}, r"has no column 'positive' .positive_column.: its"),
         ({"query": "a", "positive": "b"}, {"negative_columns": ["hard"]}, "has no column 'hard'"),
         ({"query": "a", "positive": "b"}, {"id_column": "name"}, "has no column 'name'"),
         ({"query": " ", "positive": "b"}, {}, "has no row with a text in 'query' and in 'positive'"),

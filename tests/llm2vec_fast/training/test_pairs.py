@@ -54,7 +54,8 @@ def test_rows_that_are_left_out_are_told(settings: Settings, tmp_path: Path, cap
     rows = [("q", "d"), ("", "d"), ("q", None), ("q", "d")]
     file.write_text("".join(json.dumps({"query": q, "positive": d}) + "\n" for q, d in rows))
     assert len(Pairs([str(file)], ContrastiveArguments(**settings(train_file=[str(file)])))) == 2
-    assert f"2 of 4 rows of {file} are left out: no text in 'query' or in 'positive'" in caplog.text
+    told = "rows.jsonl:2 (the text in 'query' is empty), rows.jsonl:3 (the text in 'positive' is null)"
+    assert f"2 of 4 rows are left out: {told}" in caplog.text
 
 
 def test_an_id_is_the_same_in_a_file_where_some_are_missing(settings: Settings, tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from torch.nn.functional import cross_entropy, normalize
 from training_runs import UNCLIPPED, assert_trained_alike
 
 from llm2vec_fast import LLM2Vec
+from llm2vec_fast.data.pairs import identity
 from llm2vec_fast.errors import ModelLoadError, UserError
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.training.arguments import SimcseArguments
 from llm2vec_fast.training.contrast import ContrastiveTrainer, load_embedding_model
-from llm2vec_fast.training.packing import identity, pack
+from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.simcse import SimcseCollator, train_simcse
 
 Settings = Callable[..., dict[str, object]]
@@ -218,7 +219,7 @@ def test_equal_texts_are_one_thing() -> None:
             {"per_device_train_batch_size": 61},
             "a batch takes 61 rows and the largest training file has 60",
         ),
-        ({"train_file": ["{tmp}/other.jsonl"]}, "other.jsonl has no column 'text': there are words"),
+        ({"train_file": ["{tmp}/other.jsonl"]}, "other.jsonl has no column 'text' .text_column.: its"),
         ({"train_file": ["{tmp}/empty.txt"]}, "empty.txt has no text in column 'text'"),
         ({"lora_target_modules": ["q_projj"]}, "lora_target_modules=q_projj does not fit LlamaModel"),
         ({"matryoshka_dims": [16, 128]}, "matryoshka_dims has 128 and the model has 64 dimensions"),

@@ -239,19 +239,19 @@ def test_columns_that_are_not_there_are_named(tmp_path: Path, content: str, colu
 def test_a_row_without_a_label_a_word_is_named(tmp_path: Path) -> None:
     path = tmp_path / "words.jsonl"
     path.write_text('{"tokens": ["a", "cat"], "tags": ["DT"]}\n')
-    with pytest.raises(UserError, match=r"row 0 of .* has not one label a word"):
+    with pytest.raises(UserError, match=r"line 1 of .* has not one label a word"):
         read_sentences([str(path)], "tokens", "tags")
-    with pytest.raises(UserError, match=r"has no column 'ner': there are tokens, tags"):
+    with pytest.raises(UserError, match=r"has no column 'ner' .label_column.: its columns are 'tokens', 'tags'"):
         read_sentences([str(path)], "tokens", "ner")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("words.txt", "Ma\u00f1ana NC\n".encode("latin-1"), "words.txt is not UTF-8: save it as UTF-8"),
-        ("words.jsonl", b'{"tokens": ["a"], "tags": \n', "words.jsonl cannot be read: JSON parse error"),
-        ("words.jsonl", b"", "words.jsonl is empty: give a file with texts"),
-        ("words.parquet", b"no table", "words.parquet cannot be read: "),
+        ("words.txt", "Ma\u00f1ana NC\n".encode("latin-1"), "line 1 of .*words.txt: byte 0xf1 .* is not UTF-8"),
+        ("words.jsonl", b'{"tokens": ["a"], "tags": \n', "line 1 of .*words.jsonl: the line is not JSON"),
+        ("words.jsonl", b"", "words.jsonl is empty"),
+        ("words.parquet", b"no table", "words.parquet is not a Parquet file that can be read: "),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -13,8 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, load_dataset
 
+from llm2vec_fast.data.delimited import Csv
+from llm2vec_fast.data.inputs import find_inputs
+from llm2vec_fast.data.rows import Problem
+from llm2vec_fast.data.tables import Rows, TableRows, all_rows
+from llm2vec_fast.data.writing import Added, write_rows
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.mining.rows import Added, TableRows, read_rows_of, write_rows
 
 ADDED = {
     "negative": Added([["n", "m"], []], pa.list_(pa.string())),
@@ -36,10 +40,15 @@ KEPT = [{name: x for name, x in row.items() if name != "negative"} for row in VA
 WHOLE = [{**KEPT[0], "negative": ["n", "m"], "score": 0.5}, {**KEPT[1], "negative": [], "score": None}]
 
 
+def read(*paths: Path) -> tuple[Rows, list[Problem]]:
+    return all_rows(find_inputs(list(map(str, paths))), [], Csv())
+
+
 def written(path: Path, *, to: str) -> Path:
     """What comes out of a file of rows."""
-    rows, output = read_rows_of(path, texts=("query",)), path.with_name(f"out.{to}")
-    rows = TableRows(rows.table()) if to == "parquet" else rows
+    (rows, problems), output = read(path), path.with_name(f"out.{to}")
+    assert not problems
+    rows = TableRows(rows.table(), rows.places) if to == "parquet" else rows
     with open(output, "wb") as file:
         write_rows(file, rows, ADDED, parquet=to == "parquet")
     return output
@@ -66,12 +75,12 @@ def test_values_of_json_come_out_as_they_are(tmp_path: Path) -> None:
     assert exactly(pq.read_table(written(tmp_path / "in.jsonl", to="parquet")).to_pylist()) == exactly(WHOLE)
 
 
-@pytest.mark.parametrize("text", ["[\n{}\n]", "{}\n", "\ufeff{}\n\n"])
-def test_json_may_be_a_list_or_have_empty_lines_and_a_mark(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "in.json"
+@pytest.mark.parametrize("text", ["[\n{}\n]", "{}\n", "\ufeff{}\n", "\ufeff[{}]"])
+def test_json_may_be_a_list_or_lines_and_have_a_mark(tmp_path: Path, text: str) -> None:
     rows = [json.dumps(row) for row in VALUES]
-    path.write_text(text.replace("{}", (",\n" if "[" in text else "\n\n").join(rows)))
-    assert exactly(lines_of(written(path, to="jsonl"))) == exactly(WHOLE)
+    for name in ("in.json", "in.jsonl"):
+        (tmp_path / name).write_text(text.replace("{}", (",\n" if "[" in text else "\n").join(rows)))
+        assert exactly(lines_of(written(tmp_path / name, to="jsonl"))) == exactly(WHOLE)
 
 
 def test_rows_need_not_have_the_same_columns_or_types(tmp_path: Path) -> None:
@@ -92,15 +101,31 @@ def test_what_json_cannot_hold_is_still_told(tmp_path: Path) -> None:
     assert found[0]["x"] == [None, {"y": None}]
 
 
-def test_values_of_csv_are_texts_or_whole_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [[1, 1.5], [True, 1], [[1], [1.5]], [{"a": 1}, {"a": 1.0}]], ids=str)
+def test_numbers_that_a_parquet_column_would_change_are_refused(tmp_path: Path, values: list[Any]) -> None:
+    path = json_lines(tmp_path / "in.jsonl", [{"query": "a", "x": value} for value in values])
+    with pytest.raises(UserError, match="the column 'x' does not fit a parquet file"):
+        written(path, to="parquet")
+
+
+def test_values_of_csv_are_strings(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
-    path.write_text('query,zip,count,big,share,day,word\n1,007,1,9007199254740993,0.10,2024-01-02,NA\n2,08,,-1,1,,""\n')
+    path.write_text("query,zip,count,share,day,word\n1,007,1,0.10,2024-01-02,NA\n2,08,,1,,\n")
     expected = [
-        {"query": "1", "zip": "007", "count": 1, "big": 2**53 + 1, "share": "0.10", "day": "2024-01-02", "word": "NA"},
-        {"query": "2", "zip": "08", "count": None, "big": -1, "share": "1", "day": None, "word": None},
+        {"query": "1", "zip": "007", "count": "1", "share": "0.10", "day": "2024-01-02", "word": "NA"},
+        {"query": "2", "zip": "08", "count": "", "share": "1", "day": "", "word": ""},
     ]
     for found in (lines_of(written(path, to="jsonl")), pq.read_table(written(path, to="parquet")).to_pylist()):
         assert exactly([{k: x for k, x in row.items() if k not in ADDED} for row in found]) == exactly(expected)
+
+
+def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": \n3\n{"a": "\xf1"}\n{"a": 1, "a": 2}\n{"a": 2}\n')
+    rows, problems = read(path)
+    assert (rows.column("a"), rows.places) == ([1, 2], [("in.jsonl", 1, 1), ("in.jsonl", 6, 6)])
+    assert [problem.place for problem in problems] == [f"in.jsonl:{line}" for line in (2, 3, 4, 5)]
+    assert problems[3].reason == "the row has two fields 'a'"
 
 
 def test_types_of_parquet_stay_and_json_has_their_texts(tmp_path: Path) -> None:
@@ -137,25 +162,30 @@ def test_what_datasets_wrote_it_reads_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("in.jsonl", b"", "in.jsonl is empty: give a file with pairs"),
-        ("in.csv", b"", "in.csv cannot be read: No columns to parse from file"),
-        ("in.txt", b"a\n", "in.txt ends in '.txt', which is not known: give one of .jsonl, .json, .csv, .parquet"),
-        ("in.jsonl", b'{"a": 1}\n{"a": \n', "line 2 of .*in.jsonl is not JSON: Expecting value"),
-        ("in.jsonl", b'{"a": 1}\n3\n', "row 2 of .*in.jsonl is no JSON object"),
-        ("in.jsonl", b'{"a": "\xf1"}\n', "in.jsonl is not UTF-8: save it as UTF-8"),
-        ("in.csv", b"a\n\xf1\n", "in.csv is not UTF-8: save it as UTF-8"),
-        ("in.parquet", b"no table", "in.parquet cannot be read: "),
+        ("in.csv", b"a,b,a\n1,2,3\n", "in.csv has several columns named 'a': give each a name of its own"),
+        ("in.parquet", b"no table", "in.parquet is not a Parquet file that can be read: "),
+        ("in.jsonl.gz", b"no gzip", "in.jsonl.gz: from row 1 on the file cannot be read: Not a gzipped file"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_and_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        read_rows_of(tmp_path / name)
+        read(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_parquet_files_of_one_schema_are_one_table(tmp_path: Path) -> None:
+    for name, kind in {"a": pa.int8(), "b": pa.int8(), "c": pa.int16()}.items():
+        pq.write_table(pa.table({"x": pa.array([1], kind)}), tmp_path / f"{name}.parquet")
+    rows, _ = read(tmp_path / "a.parquet", tmp_path / "b.parquet")
+    assert rows.table().schema.field("x").type == pa.int8()
+    assert rows.places == [("a.parquet", 1, None), ("b.parquet", 1, None)]
+    with pytest.raises(UserError, match=r"c\.parquet has other columns or types than .*a\.parquet"):
+        read(tmp_path / "a.parquet", tmp_path / "c.parquet")
 
 
 def test_folders_around_a_parquet_file_add_no_column(tmp_path: Path) -> None:
     folder = tmp_path / "language=en"
     folder.mkdir()
     pq.write_table(pa.table({"query": ["a"]}), folder / "in.parquet")
-    assert read_rows_of(folder / "in.parquet").names == ["query"]
+    assert read(folder / "in.parquet")[0].names == ["query"]

@@ -8,20 +8,31 @@ import gzip
 import json
 import lzma
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2vec_fast.bulk import readers
-from llm2vec_fast.bulk.inputs import InputFile, find_inputs
-from llm2vec_fast.bulk.readers import Columns, RawRow, open_reader
+from llm2vec_fast.data import delimited, lines
+from llm2vec_fast.data.columns import Columns
+from llm2vec_fast.data.delimited import Csv
+from llm2vec_fast.data.inputs import InputFile, find_inputs
+from llm2vec_fast.data.reading import open_reader
+from llm2vec_fast.data.rows import RowReader
 from llm2vec_fast.errors import InputError
 
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 TEXTS = [f"text {number} " + "é" * (number % 7) for number in range(1200)]
-FORMATS = [f"{kind}{suffix}" for kind in ("txt", "jsonl", "csv", "tsv") for suffix in COMPRESS] + ["parquet"]
+FORMATS = [f"{kind}{suffix}" for kind in ("txt", "jsonl", "json", "csv", "tsv") for suffix in COMPRESS] + ["parquet"]
 
 
 def write(path: Path, texts: list[Any], ids: list[Any] | None = None, title: list[Any] | None = None) -> InputFile:
@@ -35,6 +46,8 @@ def write(path: Path, texts: list[Any], ids: list[Any] | None = None, title: lis
         return described(path)
     if kind == "txt":
         content = "".join(f"{text}\n" for text in texts)
+    elif kind == "json":
+        content = json.dumps(records, indent=1)
     elif kind == "jsonl":
         content = "".join(json.dumps(record) + "\n" for record in records)
     else:
@@ -48,14 +61,37 @@ def write(path: Path, texts: list[Any], ids: list[Any] | None = None, title: lis
 
 
 def described(path: Path) -> InputFile:
-    return find_inputs([str(path)], exclude=path.parent / "nowhere")[0]
+    return find_inputs([str(path)])[0]
 
 
-def rows_of(file: InputFile, columns: Columns = Columns(), row: int = 0, offset: int = 0) -> list[RawRow]:  # noqa: B008
-    reader = open_reader(file, columns, row, offset)
-    rows = list(reader)
+class Read(NamedTuple):
+    """A row by its roles."""
+
+    text: Any
+    id: Any
+    kept: list[Any]
+    problem: str | None
+    rows: int
+    damaged: bool
+    line: int | None
+
+
+QUOTED = Csv(quote='"')
+
+
+def reader_of(file: InputFile, columns: Columns, *where: int, how: Csv = QUOTED) -> RowReader:
+    return open_reader(file, columns.asked, how, *where)
+
+
+def rows_of(file: InputFile, columns: Columns = Columns(), *where: int, how: Csv = QUOTED) -> list[Read]:  # noqa: B008
+    reader = reader_of(file, columns, *where, how=how)
+    found = []
+    for row in reader:
+        values = list(row.values)
+        text, identifier = values.pop(0), values.pop(0) if columns.id else None
+        found.append(Read(text, identifier, values, row.problem, row.rows, row.damaged, row.line))
     reader.close()
-    return rows
+    return found
 
 
 def problems_of(path: Path, content: bytes, columns: Columns = Columns()) -> dict[int, str | None]:  # noqa: B008
@@ -83,19 +119,19 @@ def test_id_and_kept_columns_come_with_the_text(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize("done", [1, 99, 100, 777, 1200])
 def test_a_reader_goes_on_where_another_stopped(tmp_path: Path, kind: str, done: int) -> None:
     file = write(tmp_path / f"corpus.{kind}", TEXTS)
-    first = open_reader(file, Columns())
+    straight = rows_of(file)
+    first = reader_of(file, Columns())
     rows = iter(first)
     for _ in range(done):
         next(rows)
-    offset = first.offset
     first.close()
-    assert [row.text for row in rows_of(file, Columns(), done, offset)] == TEXTS[done:]
+    assert rows_of(file, Columns(), done, first.offset, first.line) == straight[done:]
 
 
 def test_parquet_does_not_read_row_groups_that_are_done(tmp_path: Path) -> None:
     file = write(tmp_path / "corpus.parquet", TEXTS)
     damage(Path(file.path), group=3)
-    assert [row.text for row in rows_of(file, row=450)] == TEXTS[450:]
+    assert [row.text for row in rows_of(file, Columns(), 450)] == TEXTS[450:]
 
 
 def damage(path: Path, group: int) -> None:
@@ -119,21 +155,21 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path: Path) -> None:
     assert [row.text for row in rows if not row.problem] == TEXTS[:300] + TEXTS[400:]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
 @pytest.mark.parametrize(
     "columns", [Columns("body"), Columns("text", "uid"), Columns("text", None, ("lang",))], ids=str
 )
 def test_a_missing_column_is_refused_with_those_there_are(tmp_path: Path, kind: str, columns: Columns) -> None:
     file = write(tmp_path / f"corpus.{kind}", TEXTS[:3])
     with pytest.raises(InputError, match=r"has no column '(body|uid|lang)'.*'key', 'text', 'title'"):
-        open_reader(file, columns)
+        reader_of(file, columns)
 
 
 def test_plain_text_has_only_a_text_column(tmp_path: Path) -> None:
     file = write(tmp_path / "corpus.txt", TEXTS[:3])
     assert len(rows_of(file, Columns("body"))) == 3  # a text column is that of the other files of a mixed corpus
     with pytest.raises(InputError, match=r"no column 'key' \(--id-column\): its columns are 'text'"):
-        open_reader(file, Columns("text", "key"))
+        reader_of(file, Columns("text", "key"))
 
 
 def test_a_field_missing_in_one_json_row_is_a_bad_row(tmp_path: Path) -> None:
@@ -183,22 +219,24 @@ def test_a_byte_order_mark_and_dos_line_ends_are_no_text(tmp_path: Path) -> None
 
 
 def test_a_line_that_no_text_is_as_long_as_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(lines, "MAX_ROW_BYTES", 100)
     found = problems_of(tmp_path / "corpus.txt", b"short\n" + b"x" * 350 + b"\nshort\n")
     assert found.keys() == {2}
     assert "the line that starts at byte 6 of the file is longer than" in str(found[2])
 
 
 def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(delimited, "MAX_ROW_BYTES", 1000)
     found = problems_of(tmp_path / "corpus.csv", b'text\ngood\n"open\n' + b"line\n" * 400)
-    assert "field larger than field limit" in str(found[2])
+    assert found == {
+        2: "the quote that opens in line 3 is not closed within 0 MiB: the file is not read from line 3 on"
+    }
 
 
 def test_a_parquet_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "corpus.parquet")
     with pytest.raises(InputError, match=r"column 'text' of .* holds int64, not text"):
-        open_reader(described(tmp_path / "corpus.parquet"), Columns())
+        reader_of(described(tmp_path / "corpus.parquet"), Columns())
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "binary", "string_view", "dictionary"])
@@ -213,4 +251,20 @@ def test_parquet_text_of_any_type_is_read(tmp_path: Path, kind: str) -> None:
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(InputError, match=r"corpus\.parquet is not a Parquet file that can be read: "):
-        open_reader(described(tmp_path / "corpus.parquet"), Columns())
+        reader_of(described(tmp_path / "corpus.parquet"), Columns())
+
+
+def test_parquet_columns_with_dots_in_their_names(tmp_path: Path) -> None:
+    """A name of its own goes before a field inside another; lists, and fields whose names have dots, are found."""
+    table = pa.table({
+        "a": [{"b": "inner", "x.y": 1, "deep": {"t": "d"}}, None], "a.b": ["own", "own"], "aa": ["other", "other"],
+        "l.i.s": [["x"], []], "text": ["t", "u"],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "a.parquet")
+    file = described(tmp_path / "a.parquet")
+    rows = rows_of(file, Columns("text", None, ("a.b", "a.x.y", "a.deep.t", "aa", "l.i.s")))
+    assert rows[0].kept[:4] == ["own", 1, "d", "other"]
+    assert rows[0].kept[4].to_pylist() == [["x"]]
+    assert rows[1].kept[:4] == ["own", None, None, "other"]
+    with pytest.raises(InputError, match=r"has no column 'a\.c'"):
+        reader_of(file, Columns("a.c"))
