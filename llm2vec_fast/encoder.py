@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -35,13 +34,11 @@ from .engine.stream import Task, encode_pairs, progress
 from .errors import UserError
 from .kernels.layout import SequenceLayout
 from .kernels.pooling import POOLING_MODES
-from .loading import SETTINGS_FILE, best_device, load, merged
+from .loading import CAUSAL, ENCODER_SETTINGS, SETTINGS_FILE, load, placement
 from .precision import choose_dtype
 from .prompts import CHECKPOINTS, as_pairs, find_template
-from .saving import keep_published_name, write_json, written_beside
+from .saving import OLD_FILES, keep_published_name, merge, write_json, write_model, written_beside, written_settings
 from .tokenization import TextTokenizer, check_room
-
-_SETTINGS = ("pooling_mode", "max_length", "doc_max_length", "skip_instruction")
 
 
 class LLM2Vec(nn.Module):
@@ -100,7 +97,7 @@ class LLM2Vec(nn.Module):
         base_model_name_or_path: str | Path,
         peft_model_name_or_path: str | Path | None = None,
         merge_peft: bool = False,
-        enable_bidirectional: bool = True,
+        enable_bidirectional: bool | None = None,
         *,
         pooling_mode: str | None = None,
         max_length: int | None = None,
@@ -120,25 +117,25 @@ class LLM2Vec(nn.Module):
                 names its base and is merged into it).
             peft_model_name_or_path: an adapter to put on top.
             merge_peft: merge it into the weights: faster to run, no longer separate.
-            enable_bidirectional: False keeps the decoder causal.
+            enable_bidirectional: False keeps the decoder causal. By default what the folder's llm2vec_config.json says,
+                else True.
             pooling_mode, max_length, doc_max_length, skip_instruction: see the class. What is not given is read from
                 the folder's llm2vec_config.json, else has the class's default.
             dtype: a dtype or its name; "auto" is bfloat16 where the device is fast in it, else float32.
             device: by default the accelerator if there is one, else the CPU.
             token_budget, accelerate: see the class.
             trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
-            kwargs: passed on to ``AutoModel.from_pretrained``; ``torch_dtype`` and ``device_map`` with one device are
-                understood as ``dtype`` and ``device``.
+            kwargs: those of `loading.HubOptions` (revision, adapter_revision, token, cache_dir …) for every file that
+                is read; ``gguf_file``, of the folder or repository; ``device_map``, one device or a way to spread the
+                model over several; ``torch_dtype``, as ``dtype``. Others go to ``AutoModel.from_pretrained``.
 
         Raises:
             ModelLoadError: something is missing, damaged, or stored as pickle; the message says what.
             UnsupportedModelError: the architecture cannot attend both ways.
+            UserError: there is no such device.
         """
         dtype = kwargs.pop("torch_dtype", dtype)
-        if isinstance(kwargs.get("device_map"), (str, torch.device)) and kwargs["device_map"] != "auto":
-            device = kwargs.pop("device_map")
-        placed = "device_map" in kwargs
-        device = torch.device(device) if device is not None else best_device()
+        device, spread = placement(device, kwargs.pop("device_map", None))
         loaded = load(
             base_model_name_or_path,
             peft_model_name_or_path,
@@ -146,14 +143,16 @@ class LLM2Vec(nn.Module):
             dtype=choose_dtype(dtype, device).dtype,
             trust_remote_code=trust_remote_code,
             **kwargs,
+            **spread,
         )
-        make_bidirectional(loaded.model, enabled=enable_bidirectional)
-        given = dict(zip(_SETTINGS, (pooling_mode, max_length, doc_max_length, skip_instruction), strict=True))
-        saved = {name: loaded.settings[name] for name in _SETTINGS if name in loaded.settings}
+        saved = loaded.settings.pop(CAUSAL, True)
+        make_bidirectional(loaded.model, enabled=saved if enable_bidirectional is None else enable_bidirectional)
+        values = (pooling_mode, max_length, doc_max_length, skip_instruction)
+        given = {name: value for name, value in zip(ENCODER_SETTINGS, values, strict=True) if value is not None}
         return cls(
-            loaded.model if placed else loaded.model.to(device),
+            loaded.model if spread else loaded.model.to(device),
             loaded.tokenizer,
-            **{**saved, **{name: value for name, value in given.items() if value is not None}},
+            **{**loaded.settings, **given},
             checkpoint=loaded.checkpoint,
             token_budget=token_budget,
             accelerate=accelerate,
@@ -253,8 +252,10 @@ class LLM2Vec(nn.Module):
         check_room(tokens, pairs, 0, self.max_length)
         lengths = tokens.lengths
         width = int(lengths.max(initial=0))
+        rows = decoder_of(self.model).get_input_embeddings().weight.shape[0]
         marks = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        ids = np.full((len(lengths), width), next(mark for mark in marks if mark is not None), dtype=np.int64)
+        mark = next(mark for mark in marks if mark is not None and mark < rows)  # a pad token may have been added
+        ids = np.full((len(lengths), width), mark, dtype=np.int64)
         for row, text in zip(ids, tokens.ids, strict=True):
             row[width - len(text) :] = text
         column = np.arange(width)
@@ -383,26 +384,34 @@ class LLM2Vec(nn.Module):
     def save(self, output_path: str | Path, merge_before_save: bool = False, save_config: bool = True) -> None:
         """Write the model, its tokenizer and llm2vec_config.json into a folder, whole or not at all.
 
-        The folder loads again here, and in plain ``AutoModel.from_pretrained`` with the same hidden states. An adapter
-        that is not merged is saved alone; its folder loads here, on the base it names.
+        The folder loads again here with the same embeddings, and, without adapters apart, in plain
+        ``AutoModel.from_pretrained`` with the same hidden states. An adapter that is not merged is saved alone, as one
+        with those that were merged on loading; its folder loads here, on the base it names. That the rest of the
+        weights is that base is compared with its files first.
 
         Args:
             output_path: the folder; other files in it stay. A chat template is not written.
             merge_before_save: merge the adapter into the weights first, for good.
             save_config: write the encoder's settings as llm2vec_config.json.
+
+        Raises:
+            SaveError: an adapter alone would load to something else: its base was edited, resized or merged with what
+                no adapter can say, or is nowhere to be found; or it is switched off.
         """
-        if merge_before_save and isinstance(self.model, PeftModel):
+        if merge_before_save:
             with self._lock.change("save()"):
-                self.model = merged(self.model)
-        with self._lock.use(), written_beside(output_path) as folder:
-            self.model.save_pretrained(folder)
+                self.model = merge(self.model)
+        with self._lock.use(), written_beside(output_path, OLD_FILES) as folder:
+            write_model(self.model, folder)
             tokenizer = copy.copy(self.tokenizer)
             tokenizer.chat_template = None  # sentence-transformers would wrap every text in it; an encoder never chats
             tokenizer.save_pretrained(folder)
-            if self.checkpoint in CHECKPOINTS:
-                keep_published_name(folder, self.checkpoint)
+            published = self.checkpoint if self.checkpoint in CHECKPOINTS else None
+            if published is not None:
+                keep_published_name(folder, published)
             if save_config:
-                write_json(folder / SETTINGS_FILE, {name: getattr(self, name) for name in _SETTINGS})
+                settings = {name: getattr(self, name) for name in ENCODER_SETTINGS}
+                write_json(folder / SETTINGS_FILE, written_settings(settings, self.model, published))
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llm2vec_fast.adapters import adapter_source
-from llm2vec_fast.bulk.fingerprint import locate
 from llm2vec_fast.bulk.isolation import OnBatch, OnProblem, RowByRow
 from llm2vec_fast.bulk.settings import CPU_ROWS_PER_SHARD, GPU_ROWS_PER_SHARD, EmbedSettings
 from llm2vec_fast.errors import UserError, is_out_of_memory
@@ -61,13 +61,14 @@ def load_encoder(settings: EmbedSettings) -> Encoder:
         "device": settings.device,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    adapter = str(locate(adapter_source(settings.adapter))) if settings.adapter else None
     return LLM2Vec.from_pretrained(
-        str(locate(settings.model)),
-        adapter,
+        settings.model,
+        settings.adapter,
         merge_peft=True,  # an adapter apart costs time in every layer, and here nobody trains it
-        enable_bidirectional=not settings.causal,
+        enable_bidirectional=False if settings.causal else None,
         dtype=settings.dtype,
+        revision=settings.revision,
+        adapter_revision=settings.adapter_revision,
         **given,
     )
 
@@ -113,6 +114,31 @@ def with_choices(settings: EmbedSettings, resolved: dict[str, Any]) -> EmbedSett
     """The settings with open choices made as ``resolved`` has them: a job goes on as it began, on any machine."""
     left_open = {name for name in OPEN_CHOICES if getattr(settings, name) in (None, "auto")}
     return replace(settings, **{name: resolved[name] for name in left_open if resolved.get(name) is not None})
+
+
+def placed(
+    settings: EmbedSettings,
+    model: str,
+    adapter: str | None,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+) -> EmbedSettings:
+    """The settings with the model and the adapter where they are now: the places that were fingerprinted, or others.
+
+    A hub repository may have moved on since. A revision is the one given, else for a name on the hub that of the
+    settings; a folder has none.
+    """
+    return replace(
+        settings,
+        model=model,
+        adapter=adapter,
+        revision=revision or _of_hub(model, settings.revision),
+        adapter_revision=adapter_revision or _of_hub(adapter, settings.adapter_revision),
+    )
+
+
+def _of_hub(name: str | None, revision: str | None) -> str | None:
+    return None if name is None or Path(adapter_source(name)).expanduser().exists() else revision
 
 
 def encode_texts(

@@ -65,8 +65,8 @@ def open_manifest(
         remove_leftovers(place)
     manifest = read_manifest(folder)
     if manifest is None:
-        return Manifest.new(settings, fingerprint(settings.model, settings.adapter), files)
-    marks = fingerprint(settings.model, settings.adapter, known=manifest.fingerprint)
+        return Manifest.new(settings, fingerprint(settings.model, settings.adapter, hub=settings.hub), files)
+    marks = fingerprint(settings.model, settings.adapter, manifest.fingerprint, settings.hub)
     manifest.require_same(settings, marks, files, folder)
     manifest.fingerprint = marks
     _drop_damaged(folder, manifest, notify, go_on)

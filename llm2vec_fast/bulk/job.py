@@ -26,6 +26,7 @@ from llm2vec_fast.bulk.encoding import (
     encode_texts,
     environment_of,
     load_encoder,
+    placed,
     resolved_choices,
     with_choices,
 )
@@ -140,7 +141,8 @@ def _run(
     write_manifest(folder, manifest)
     settings = with_choices(settings, manifest.resolved)
     types = _types(manifest, settings, files, stop, notify)
-    encoder = load(settings)
+    marks = (manifest.fingerprint[name] for name in ("model", "adapter"))
+    encoder = load(placed(settings, *(mark and mark["path"] for mark in marks)))
     manifest.resolved = {**_resolve(folder, manifest, encoder, settings), **_as_recorded(types)}
     settings = with_choices(settings, manifest.resolved)
     here = _environment(manifest, environment_of(encoder, manifest.resolved), notify)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2vec_fast.bulk.encoding import LoadEncoder, load_encoder, with_choices
+from llm2vec_fast.bulk.encoding import LoadEncoder, load_encoder, placed, with_choices
 from llm2vec_fast.bulk.fingerprint import fingerprint
 from llm2vec_fast.bulk.manifest import MANIFEST, Manifest, Part, read_manifest
 from llm2vec_fast.bulk.settings import EmbedSettings
@@ -41,6 +41,8 @@ def search(
     instruction: str | None = None,
     model: str | None = None,
     adapter: str | None = None,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
     device: str | None = None,
     load: LoadEncoder = load_encoder,
     notify: Callable[[str], None] = lambda sentence: None,
@@ -48,8 +50,9 @@ def search(
     """The ``top_k`` rows of highest cosine for each question, best first.
 
     The model and its settings are those of the folder's manifest; ``model`` and ``adapter`` tell where they are now,
-    if they moved. ``instruction`` is the questions' own, the documents' is not used. The folder may be a stranger's:
-    what it names is loaded from this machine only, and no code that comes with it is run.
+    if they moved, ``revision`` and ``adapter_revision`` at which commit of a hub repository, if not that of the folder.
+    ``instruction`` is the questions' own, the documents' is not used. The folder may be a stranger's: what it names is
+    loaded from this machine only, and no code that comes with it is run.
 
     Raises:
         InputError: the folder holds no embeddings, or a question is empty.
@@ -58,11 +61,12 @@ def search(
     """
     folder = folder.expanduser()
     manifest = _readable(folder, questions, notify)
-    settings = replace(
-        with_choices(EmbedSettings.from_json(manifest.settings), manifest.resolved),
-        model=model or _named(folder, manifest, "model", notify),
-        adapter=adapter or _named(folder, manifest, "adapter", notify),
-        device=device,
+    settings = placed(
+        replace(with_choices(EmbedSettings.from_json(manifest.settings), manifest.resolved), device=device),
+        model or _named(folder, manifest, "model", notify),
+        adapter or _named(folder, manifest, "adapter", notify),
+        revision,
+        adapter_revision,
     )
     _require_same_model(manifest, settings, folder)
     queries = load(settings).encode(
@@ -105,7 +109,7 @@ def _named(folder: Path, manifest: Manifest, name: str, notify: Callable[[str], 
 
 
 def _require_same_model(manifest: Manifest, settings: EmbedSettings, folder: Path) -> None:
-    found = fingerprint(settings.model, settings.adapter, known=manifest.fingerprint)
+    found = fingerprint(settings.model, settings.adapter, known=manifest.fingerprint, hub=settings.hub)
     for name, mark in found.items():
         made_with = manifest.fingerprint[name]
         if (mark and mark["sha256"]) != (made_with and made_with["sha256"]):

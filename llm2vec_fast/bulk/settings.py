@@ -7,6 +7,7 @@ from typing import Any
 
 from llm2vec_fast.data.columns import Columns
 from llm2vec_fast.data.delimited import Csv
+from llm2vec_fast.loading.hub import HubOptions
 
 CPU_ROWS_PER_SHARD = 1024  # what a stop can cost: half a minute with a model of 135M on two cores, long with one of 7B
 GPU_ROWS_PER_SHARD = 32768  # enough batches a part to keep an accelerator busy
@@ -19,12 +20,14 @@ class EmbedSettings:
     """Settings of a job; None leaves a choice to the model folder, the encoder or the device.
 
     ``dtype`` is what the model computes in ("auto", "float32", "bfloat16", "float16"), ``output_dtype`` what is
-    written ("float32", "float16"), ``token_budget`` the tokens of a forward pass, ``rows_per_shard`` the rows of a
-    part; lengths are in tokens.
+    written ("float32", "float16"), ``revision`` and ``adapter_revision`` say which commits of hub repositories are
+    meant, ``token_budget`` the tokens of a forward pass, ``rows_per_shard`` the rows of a part; lengths are in tokens.
     """
 
     model: str
     adapter: str | None = None
+    revision: str | None = None
+    adapter_revision: str | None = None
     causal: bool = False
     pooling: str | None = None
     instruction: str | None = None
@@ -43,6 +46,10 @@ class EmbedSettings:
     csv_quote: str | None = None
     csv_escape: str | None = None
     device: str | None = None
+
+    @property
+    def hub(self) -> HubOptions:
+        return HubOptions(revision=self.revision, adapter_revision=self.adapter_revision)
 
     @property
     def columns(self) -> Columns:

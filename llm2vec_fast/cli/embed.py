@@ -25,7 +25,9 @@ def embed(
     csv_delimiter: option.CsvDelimiter = None,
     csv_quote: option.CsvQuote = None,
     csv_escape: option.CsvEscape = None,
+    revision: option.Revision = None,
     adapter: option.Adapter = None,
+    adapter_revision: option.AdapterRevision = None,
     causal: option.Causal = False,
     pooling: option.Pooling = None,
     instruction: option.Instruction = None,
@@ -70,6 +72,8 @@ def embed(
     settings = EmbedSettings(
         model=model,
         adapter=adapter,
+        revision=revision,
+        adapter_revision=adapter_revision,
         causal=causal,
         pooling=pooling,
         instruction=instruction,

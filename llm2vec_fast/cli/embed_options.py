@@ -97,6 +97,24 @@ Adapter = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REVISION",
+        help="Branch, tag or commit of the model, if it is on the hub. Default: main.",
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
+]
+AdapterRevision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REVISION",
+        help="The same of the adapter. Default: that of the model.",
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
+]
 Causal = Annotated[
     bool,
     typer.Option("--causal", help="Keep the decoder's causal attention instead of both ways.", rich_help_panel=MODEL),

@@ -79,7 +79,9 @@ def mine(
     csv_delimiter: option.CsvDelimiter = None,
     csv_quote: option.CsvQuote = None,
     csv_escape: option.CsvEscape = None,
+    revision: option.Revision = None,
     adapter: option.Adapter = None,
+    adapter_revision: option.AdapterRevision = None,
     causal: option.Causal = False,
     pooling: option.Pooling = None,
     instruction: Annotated[
@@ -121,6 +123,8 @@ def mine(
     encoder = EmbedSettings(
         model=model,
         adapter=adapter,
+        revision=revision,
+        adapter_revision=adapter_revision,
         causal=causal,
         pooling=pooling,
         instruction=instruction,

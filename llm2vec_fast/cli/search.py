@@ -38,6 +38,14 @@ def search(
         str | None,
         typer.Option(metavar="FOLDER", help="Where the adapter is now. Default: where it was.", show_default=False),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="REVISION", help="Of a --model on the hub. Default: the folder's.", show_default=False),
+    ] = None,
+    adapter_revision: Annotated[
+        str | None,
+        typer.Option(metavar="REVISION", help="Of an --adapter on the hub. Default: the folder's.", show_default=False),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, … Default: an accelerator if there is one.")
     ] = None,
@@ -64,6 +72,8 @@ def search(
         instruction=instruction,
         model=model,
         adapter=adapter,
+        revision=revision,
+        adapter_revision=adapter_revision,
         device=device,
         load=encoding.load_encoder,
         notify=lambda sentence: print(sentence, file=sys.stderr),

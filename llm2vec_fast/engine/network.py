@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit_length
 
@@ -86,8 +85,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def hidden_states(model: nn.Module, input_ids: Tensor, layout: SequenceLayout) -> Tensor:
     """Last hidden state (rows, d) of ids (B, S), or of a packed (1, T)."""
-    decoder = model if isinstance(model, PeftModel) else decoder_of(model)
-    return decoder(input_ids=input_ids, layout=layout, use_cache=False).last_hidden_state.flatten(0, 1)
+    return decoder_of(model)(input_ids=input_ids, layout=layout, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def pooled(hidden: Tensor, layout: SequenceLayout, mode: str, skip: Tensor | None) -> Tensor:

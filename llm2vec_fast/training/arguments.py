@@ -40,6 +40,9 @@ class StageArguments(TrainingArguments):
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Decoder to train: a folder, a hub name or a GGUF file."}
     )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the decoder, if it is on the hub."}
+    )
     peft_model_name_or_path: list[str] = field(
         default_factory=list,
         metadata={

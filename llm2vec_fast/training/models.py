@@ -6,11 +6,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -19,9 +19,20 @@ from llm2vec_fast.acceleration import accelerate
 from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.bidirectional import decoder_of, make_bidirectional
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.loading import base_of, best_device, is_adapter, load, merged, put_on
+from llm2vec_fast.loading import (
+    HubOptions,
+    adapter_weights,
+    best_device,
+    load_stack,
+    locate,
+    merged,
+    put_on,
+    resolve,
+)
+from llm2vec_fast.loading.files import Source
+from llm2vec_fast.loading.lowrank import Update, update_of
+from llm2vec_fast.loading.stack import Stack
 from llm2vec_fast.precision import choose_dtype
-from llm2vec_fast.training.adapters import Update, update_of
 from llm2vec_fast.training.arguments import LORA_TARGETS, StageArguments
 from llm2vec_fast.training.embedding import TRAINING
 
@@ -60,15 +71,15 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
     dtype = choose_dtype(arguments.model_dtype, best_device() if not arguments.use_cpu else torch.device("cpu")).dtype
     if arguments.fsdp and arguments.world_size == 1:
         raise UserError("fsdp needs several processes: start with torchrun --nproc-per-node N, or leave it out")
-    base, adapters = _resolved(str(arguments.model_name_or_path), arguments.peft_model_name_or_path)
+    stack, adapters = _resolved(arguments)
     # 16-bit weights are too coarse to be trained themselves.
-    loaded = load(base, merge=True, dtype=dtype if arguments.lora_r else torch.float32, head=head)
+    loaded = load_stack(stack, merge=True, dtype=dtype if arguments.lora_r else torch.float32, head=head)
     model, updates = loaded.model, []
     continued = adapters.pop() if arguments.continue_adapter else None
     for adapter in adapters:
         wrapped = put_on(model, adapter)
         if arguments.lora_r:
-            updates.append(update_of(wrapped, adapter))
+            updates.append(update_of(wrapped, adapter.name))
         model = merged(wrapped)
     model = make_bidirectional(model)
     if continued is not None:
@@ -131,26 +142,24 @@ def lora_config(arguments: StageArguments, targets: list[str] | str) -> LoraConf
     )
 
 
-def _resolved(base: str, adapters: list[str]) -> tuple[str, list[str]]:
-    """Where an adapter was given as the base: the model below, and that adapter as the first of all."""
-    adapters = [adapter_source(adapter) for adapter in adapters]
-    for adapter in adapters:
-        if adapter.count("/") != 1 and not Path(adapter).exists():  # nor a name of the hub
+def _resolved(arguments: StageArguments) -> tuple[Stack, list[Source]]:
+    """The decoder alone, and all adapters to put on it in order: those that stand below it where it is one itself."""
+    names = [adapter_source(adapter) for adapter in arguments.peft_model_name_or_path]
+    for name in names:
+        if not Path(name).expanduser().exists() and name.count("/") != 1:  # nor a name of the hub
             raise UserError(
-                f"peft_model_name_or_path={adapter} does not exist: train the stage before this one, or give the place "
+                f"peft_model_name_or_path={name} does not exist: train the stage before this one, or give the place "
                 'of its adapter, or "" for none'
             )
-    while is_adapter(base):
-        adapters.insert(0, base)
-        base = base_of(base)
-    return base, adapters
+    stack = resolve(str(arguments.model_name_or_path), hub=HubOptions(revision=arguments.model_revision))
+    return replace(stack, merged=()), [*stack.merged, *(locate(name) for name in names)]
 
 
-def _trained_on(model: nn.Module, adapter: str, dropout: float) -> PeftModel:
+def _trained_on(model: nn.Module, adapter: Source, dropout: float) -> PeftModel:
     """The model under an adapter of its own, as far as that was trained."""
     frozen = put_on(model, adapter)
-    update_of(frozen, adapter)  # refuses what is not plain LoRA
-    config, weights = frozen.active_peft_config, get_peft_model_state_dict(frozen)
+    update_of(frozen, adapter.name)  # refuses what is not plain LoRA
+    config, weights = frozen.active_peft_config, adapter_weights(frozen)
     bare = frozen.unload()
     bare.__dict__.pop("peft_config", None)
     config.inference_mode, config.lora_dropout = False, dropout

@@ -6,15 +6,15 @@ import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
 from llm2vec_fast.bidirectional import decoder_of
-from llm2vec_fast.loading import ADAPTER_WEIGHTS, SETTINGS_FILE
-from llm2vec_fast.saving import write_json, written_beside
-from llm2vec_fast.training.adapters import Update, joined, scales_of, update_of_weights
+from llm2vec_fast.loading import ADAPTER_WEIGHTS, SETTINGS_FILE, adapter_weights, origin_of
+from llm2vec_fast.loading.lowrank import Update, joined, scales_of, update_of_weights
+from llm2vec_fast.saving import OLD_FILES, write_json, written_beside
 from llm2vec_fast.training.arguments import StageArguments
 from llm2vec_fast.training.embedding import LOG_SCALE
 from llm2vec_fast.training.models import StageModel
@@ -31,7 +31,7 @@ def save_encoder(trainer: Trainer, arguments: StageArguments, stage: StageModel)
     if not trainer.is_world_process_zero():
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    with written_beside(arguments.output_dir) as folder:
+    with written_beside(arguments.output_dir, OLD_FILES) as folder:
         if isinstance(model, PeftModel):
             _save_adapter(model, weights, stage.merged, arguments.saved_rank, folder)
         else:
@@ -46,7 +46,7 @@ def _save_adapter(
     """As an adapter of the decoder alone: that is what it is put on from now on."""
     adapter = {
         key.replace("base_model.model.model.", "base_model.model."): x.cpu()
-        for key, x in get_peft_model_state_dict(model, state_dict=weights).items()
+        for key, x in adapter_weights(model, weights=weights).items()
     }
     config = copy.copy(model.active_peft_config)
     if merged or rank is not None:
@@ -55,6 +55,8 @@ def _save_adapter(
         config, adapter = joined([*merged, newest], decoder_of(model), rank)
         config.base_model_name_or_path = base
     save_file(adapter, folder / ADAPTER_WEIGHTS)
+    origin = origin_of(model)
+    config.revision = origin.decoder.commit if origin else None
     config.inference_mode = True
     decoder = type(decoder_of(model))
     config.auto_mapping = {"base_model_class": decoder.__name__, "parent_library": decoder.__module__}

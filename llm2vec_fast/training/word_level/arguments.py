@@ -35,6 +35,9 @@ class WordLevelArguments(TrainingArguments):
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Encoder: a folder, a hub name or a GGUF file; it is not trained."}
     )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the encoder, if it is on the hub."}
+    )
     peft_model_name_or_path: str | None = field(default=None, metadata={"help": "An adapter to put on it."})
     enable_bidirectional: bool = field(default=True, metadata={"help": "False reads causally, as a baseline."})
     train_file: list[str] = field(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,9 +16,47 @@ from llm2vec_fast.encoder import LLM2Vec
 from llm2vec_fast.errors import ModelLoadError
 from llm2vec_fast.saving import write_json, written_beside
 
+from .arguments import LABEL_FROM
 from .features import embed_words
 
 HEAD, SETTINGS = "head.safetensors", "word_level_config.json"
+
+
+# What a downloaded head may say of its encoder. Whether code is run, and from where, is the caller's to say alone.
+_ENCODER: dict[str, tuple[type, ...]] = {
+    "base_model_name_or_path": (str,),
+    "peft_model_name_or_path": (str, type(None)),
+    "revision": (str, type(None)),
+    "enable_bidirectional": (bool,),
+    "merge_peft": (bool,),
+    "max_length": (int,),
+    "doc_max_length": (int,),
+}
+
+
+def _checked(settings: Any, path: Path) -> dict[str, Any]:
+    """The settings of a head, if they are such.
+
+    Raises:
+        ModelLoadError: they hold something else; the message says what.
+    """
+    encoder = settings.get("encoder") if isinstance(settings, dict) else None
+    if not isinstance(encoder, dict) or not isinstance(encoder.get("base_model_name_or_path"), str):
+        raise ModelLoadError(f"{path} names no encoder: train a head into the folder first")
+    for name, value in encoder.items():
+        if name not in _ENCODER:
+            raise ModelLoadError(
+                f"{path} has {name}={value!r} for its encoder, which such a file may not say: if you want it, delete "
+                "it there and pass it to from_pretrained"
+            )
+        if not isinstance(value, _ENCODER[name]) or (isinstance(value, bool) and bool not in _ENCODER[name]):
+            raise ModelLoadError(f"{path} has {name}={value!r} for its encoder: that is damaged")
+    labels, label_from = settings.get("labels"), settings.get("retroactive_labels")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise ModelLoadError(f"{path} has no list of labels")
+    if label_from not in LABEL_FROM:
+        raise ModelLoadError(f"{path} has retroactive_labels={label_from!r}, which is none of {', '.join(LABEL_FROM)}")
+    return settings
 
 
 class Head(nn.Module):
@@ -53,15 +91,23 @@ class WordClassifier:
         Raises:
             ModelLoadError: the folder is not such a one, or its encoder cannot be loaded.
         """
+        folder = Path(folder).expanduser()
         try:
-            settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
-            with safe_open(Path(folder) / HEAD, framework="pt") as file:
+            settings = _checked(json.loads((folder / SETTINGS).read_text(encoding="utf-8")), folder / SETTINGS)
+            with safe_open(folder / HEAD, framework="pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError as error:
-            raise ModelLoadError(f"{folder} holds no word-level head ({error}): train one into it first") from error
-        encoder = LLM2Vec.from_pretrained(**settings["encoder"], **options)
-        head = Head(weights["linear.weight"].shape[1], len(settings["labels"]))
-        head.load_state_dict(weights)
+        except (OSError, SafetensorError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelLoadError(f"{folder} holds no word-level head ({reason}): train one into it first") from error
+        encoder = LLM2Vec.from_pretrained(**{**settings["encoder"], **options})
+        head = Head(encoder.dimension, len(settings["labels"]))
+        try:
+            head.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ModelLoadError(
+                f"the word-level head of {folder} does not fit its encoder of {encoder.dimension} columns and "
+                f"{len(settings['labels'])} labels: train one for it"
+            ) from error
         return cls(encoder, head, settings["labels"], settings["retroactive_labels"])
 
     @torch.no_grad()

@@ -162,6 +162,7 @@ def _labelled_words(
     given = {
         "base_model_name_or_path": arguments.model_name_or_path,
         "peft_model_name_or_path": arguments.peft_model_name_or_path,
+        "revision": arguments.model_revision,
         "enable_bidirectional": arguments.enable_bidirectional,
         "max_length": arguments.max_seq_length,
         "doc_max_length": arguments.max_seq_length,

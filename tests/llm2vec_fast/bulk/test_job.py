@@ -165,7 +165,7 @@ def test_a_default_spelt_out_is_no_change(run: Run, lines: Path) -> None:
     assert run(lines, pooling="mean", max_length=512).rows == 105
 
 
-def test_another_model_tokenizer_or_adapter_is_refused(run: Run, lines: Path, model: Path) -> None:
+def test_another_model_tokenizer_or_adapter_is_refused(run: Run, lines: Path, model: Path, tmp_path: Path) -> None:
     stop_in_part(run, 3, lines)
     adapter = model.parent / "adapter"
     adapter.mkdir()

@@ -8,11 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_hub import commit_of, fill_cache
+from huggingface_hub import constants
 from peft import PeftModel
 from reference_data import FOLDER
 from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
+from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.loading import origin_of
 from llm2vec_fast.training.arguments import LORA_TARGETS, MntpArguments
 from llm2vec_fast.training.models import load_model
 
@@ -93,3 +97,16 @@ def test_what_cannot_be_trained_is_told_before_the_model_is_read(
 ) -> None:
     with pytest.raises(UserError, match=message):
         load_model(MntpArguments(**settings(model_name_or_path="nowhere", **changes)), head=True)
+
+
+def test_a_revision_of_the_decoder_is_what_is_trained_and_what_the_adapter_names(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    fill_cache(tmp_path / "cache", "org/model", FOLDER / "mistral")
+    fill_cache(tmp_path / "cache", "org/model", FOLDER / "llama", "v1")
+    stage = load_model(MntpArguments(**settings(model_name_or_path="org/model", model_revision="v1")), head=True)
+    assert decoder_of(stage.model).config.model_type == "llama"
+    origin = origin_of(stage.model)
+    assert (origin.decoder.name, origin.decoder.commit) == ("org/model", commit_of("org/model", "v1"))

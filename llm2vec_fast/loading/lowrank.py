@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from llm2vec_fast.bidirectional import decoder_of
@@ -32,29 +33,56 @@ def update_of(wrapped: PeftModel, adapter: str) -> Update:
     Raises:
         UserError: it is of a kind that is not only added low-rank products.
     """
-    config = wrapped.active_peft_config
-    plain = isinstance(config, LoraConfig) and not (config.use_dora or config.modules_to_save or config.bias != "none")
-    if not plain:
+    if not is_plain(wrapped, wrapped.active_adapter):
         raise UserError(
             f"the adapter {adapter} is not plain LoRA and cannot be joined with a new one: merge it into its base "
             "first, with LLM2Vec.from_pretrained(...).save(folder, merge_before_save=True), and train from that folder"
         )
-    name = wrapped.active_adapter
+    return updates_in(decoder_of(wrapped), wrapped.active_adapter)
+
+
+def is_plain(model: nn.Module, name: str) -> bool:
+    """Whether an adapter only adds low-rank products to linear layers: then its weights and scales are all of it."""
+    config = getattr(model, "peft_config", {}).get(name)
+    if not isinstance(config, LoraConfig) or config.bias != "none":
+        return False
+    others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and name in getattr(module, "_adapters", ()):
+            return False
+        if isinstance(module, LoraLayer) and _has(module, name):
+            plain = name in module.lora_A and not isinstance(module.get_base_layer(), others)
+            special = module.use_dora.get(name) or module.lora_bias.get(name) or module.lora_variant.get(name)
+            if not plain or special or hasattr(module, "parameter_name"):  # of single parameters, as experts have them
+                return False
+    return True
+
+
+def _has(module: LoraLayer, name: str) -> bool:
+    return name in module.lora_A or name in module.lora_embedding_A
+
+
+def updates_in(decoder: nn.Module, name: str) -> Update:
+    """What the plain adapter of this name adds to each layer of a decoder."""
     return {
-        layer: LowRank(
+        _without_wrappers(layer): LowRank(
             (module.lora_B[name].weight.detach().float() * module.scaling[name]).cpu(),
             module.lora_A[name].weight.detach().float().cpu().clone(),
         )
-        for layer, module in decoder_of(wrapped).named_modules()
+        for layer, module in decoder.named_modules()
         if isinstance(module, LoraLayer) and name in module.lora_A
     }
+
+
+def _without_wrappers(layer: str) -> str:
+    return ".".join(part for part in layer.split(".") if not part.startswith("_"))
 
 
 def scales_of(wrapped: PeftModel) -> dict[str, float]:
     """The factor on each layer's low-rank product, by its name in the decoder: a configuration may have several."""
     name = wrapped.active_adapter
     return {
-        ".".join(part for part in layer.split(".") if not part.startswith("_")): module.scaling[name]  # _ of wrappers
+        _without_wrappers(layer): module.scaling[name]
         for layer, module in decoder_of(wrapped).named_modules()
         if isinstance(module, LoraLayer) and name in module.scaling
     }

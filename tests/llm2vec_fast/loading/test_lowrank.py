@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llm2vec_fast.training.adapters import LowRank, joined, update_of_weights
+from llm2vec_fast.loading.lowrank import LowRank, joined, update_of_weights
 
 
 class Decoder(nn.Module):
