@@ -8,7 +8,7 @@ PRODUCT = find_packages(include=["llm2vec_fast", "llm2vec_fast.*"])
 KERNELS = ["llm2vec_fast.kernels", *(f"llm2vec_fast.kernels.{name}" for name in find_packages("kernels"))]
 
 REQUIRED = [
-    "torch>=2.8",
+    "torch>=2.10",
     "triton>=3.6; platform_system == 'Linux'",
     "transformers>=5.2",
     "peft>=0.18",
@@ -24,7 +24,7 @@ REQUIRED = [
     "typer>=0.19",
 ]
 GGUF = ["gguf>=0.10"]
-TRAIN = ["accelerate>=1.10", "datasets>=4", "pandas>=2", "pyyaml>=6"]
+TRAIN = ["accelerate>=1.10", "datasets>=4", "pyyaml>=6"]
 EVAL = ["scipy>=1.11", "seqeval>=1.2"]
 REPRODUCE = [*TRAIN, *EVAL, "matplotlib>=3.8", "mwparserfromhell>=0.6.6"]
 BENCH = ["pytest-benchmark>=5", "sentence-transformers>=6.2"]
