@@ -23,7 +23,7 @@ SHARES_THE_CORES = "PYTEST_XDIST_WORKER" in os.environ
 if SHARES_THE_CORES:  # before PyTorch's libraries read it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
+import torch  # noqa: E402
 
 VARIABLE = "LLM2VEC_FAST_TEST_DEVICE"
 # What only a CPU has: its own kernels, its memory, processes that talk by gloo, stand-ins for a GPU.
