@@ -14,7 +14,7 @@ from benchmarks.codegen.results import Results
 from benchmarks.codegen.rows import Row
 
 ROOT = Path(__file__).parents[3]
-FAMILY, CHIP = "swiglu", "gfx942"
+FAMILY, CHIP = "rotary", "gfx942"
 MARK = 12345  # registers that no kernel has: a row that was taken over shows them
 
 
