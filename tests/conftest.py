@@ -5,7 +5,7 @@ it to tests that ask for backend="triton". On a GPU a test makes its tensors the
 tested in float16 is tested in bfloat16 too, which the interpreter cannot multiply.
 
 Of several processes that share the tests (pytest -n), each has one thread, and so have those that it starts: the
-interpreter has no use for more. The product's own tests have two, for it encodes a batch a thread.
+interpreter has no use for more. Other tests have two, for the product encodes a batch a thread.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if SHARES_THE_CORES:
-        torch.set_num_threads(2 if "tests/llm2vec_fast/" in item.path.as_posix() else 1)
+        torch.set_num_threads(1 if "tests/kernels/" in item.path.as_posix() else 2)
 
 
 def _with_bfloat16(mark: pytest.Mark) -> pytest.Mark:
