@@ -69,7 +69,8 @@ def _command(context: Context) -> list[str]:
 
 
 def _environment(context: Context, log: Path) -> dict[str, str]:
-    environment = {**os.environ, test_log.VARIABLE: str(log)}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    environment = {**inherited, test_log.VARIABLE: str(log)}  # whoever starts this, it is no worker's run
     if not context.smoke:
         environment["TRITON_INTERPRET"] = "0"
         # Without it cuBLAS refuses to run while uninitialised memory is made to show.
