@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # What `make` installs as torch: this CPU release is the one the project is tested with. For a GPU: make env TORCH=torch
 TORCH ?= torch==2.13.0
+# Processes that run tests, each with one thread: a number, or one a core.
+WORKERS ?= logical
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 # Nothing here may ask a model hub: a test or demo that would is a mistake, and says so at once.
@@ -21,7 +23,7 @@ install: $(VENV)/.installed ## install the project into it, editable, with all i
 
 test: install model ## run the linter and the tests
 	$(BIN)/ruff check .
-	$(PY) -m pytest --durations=10
+	$(PY) -m pytest -n $(WORKERS) --maxprocesses=8 --dist worksteal -p no:benchmark --durations=10
 
 lint: install ## check style and formatting
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ TEST = [
     "pytest>=8.4",
     "pytest-benchmark>=5",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.17,<0.18",
     "setuptools>=77",
 ]

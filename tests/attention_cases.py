@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -43,6 +44,17 @@ class Case:
         fused = torch.randn(total, heads * self.head_dim, generator=generator).to(dtype)
         q, k, v = fused.view(total, heads, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         return q, k, v
+
+
+def planned(plan: Sequence[Mapping[str, Any]], halves: Mapping[str, torch.dtype]) -> list[Any]:
+    """Cases of a pairwise plan as parameters (case, backend, dtype), each backend in its 16-bit dtype or in float32."""
+    parameters = []
+    for backend, half in halves.items():
+        for chosen in map(dict, plan):
+            (heads, kv_heads), dtype = chosen.pop("heads"), half if chosen.pop("half") else torch.float32
+            case = Case(heads=heads, kv_heads=kv_heads, **chosen)
+            parameters.append(pytest.param(case, backend, dtype, id=f"{backend}-{str(dtype)[6:]}-{case}"))
+    return parameters
 
 
 def make_layout(kind: str, lengths: tuple[int, ...]) -> SequenceLayout:

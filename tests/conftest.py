@@ -3,6 +3,9 @@
 The interpreter must be chosen before Triton is imported. It does not change what backend="auto" picks: dispatch leaves
 it to tests that ask for backend="triton". On a GPU a test makes its tensors there without saying so, and whatever is
 tested in float16 is tested in bfloat16 too, which the interpreter cannot multiply.
+
+Of several processes that share the tests (pytest -n), each has one thread, and so have those that it starts: the
+interpreter has no use for more. Other tests have two, for the product encodes a batch a thread.
 """
 
 from __future__ import annotations
@@ -15,7 +18,12 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-import torch
+
+SHARES_THE_CORES = "PYTEST_XDIST_WORKER" in os.environ
+if SHARES_THE_CORES:  # before PyTorch's libraries read it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 VARIABLE = "LLM2VEC_FAST_TEST_DEVICE"
 # What only a CPU has: its own kernels, its memory, processes that talk by gloo, stand-ins for a GPU.
@@ -68,6 +76,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         speaks = function is not None and re.search(r"\bcpu\b", inspect.getsource(function))
         if speaks or item.path.name in CPU_FILES or any(f"tests/{part}" in path for part in CPU_FOLDERS):
             item.add_marker(pytest.mark.skip(reason="it is about the CPU"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if SHARES_THE_CORES:
+        torch.set_num_threads(1 if "tests/kernels/" in item.path.as_posix() else 2)
 
 
 def _with_bfloat16(mark: pytest.Mark) -> pytest.Mark:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..products import blocks
+
 # Rows are normalised, and gradients finished, this many bytes of float32 at a time: they stay in cache.
 BLOCK_BYTES = 2**20
 # Rows of a length between these have squares that float32 can add up.
@@ -113,12 +115,6 @@ class Side:
         """(k, d) of the accumulator's dtype: rows as the similarity sees them; a copy, unless they are that already."""
         x = self.rows[rows].to(self.accumulator)
         return x if self.stretch is None else x * self.stretch[rows][:, None]
-
-
-def blocks(count: int, size: int) -> Iterator[slice]:
-    """0 … count in consecutive slices of ``size``."""
-    for first in range(0, count, size):
-        yield slice(first, min(count, first + size))
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:

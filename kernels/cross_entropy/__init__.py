@@ -83,7 +83,7 @@ def linear_cross_entropy(
     and float16, whose gradients wait for the loss's scale, compute the logits once more in the backward pass (3 with a
     frozen weight, else 4).
 
-    Memory beyond inputs and gradients, whatever V: blocked holds 48 MiB of logits, the labelled rows (N, d) once more,
+    Memory beyond inputs and gradients, whatever V: blocked holds 44 MiB of logits, the labelled rows (N, d) once more,
     in float32 where their gradient is made in the backward pass, and a few slices of 2 MiB. Triton's forward pass holds
     no logits beyond a tile, its backward pass 64 MiB of their slope and (N, d) in float32, up to 8 times where N is
     small. Gradients that the forward pass forms are there from then on; torch.compile copies them once.

@@ -8,6 +8,9 @@ A 16-bit `weight` would need a float32 copy of its gradient to accumulate over b
 fit in one block, its gradient is instead made from blocks of the vocabulary with all rows, and every part of it is
 written once, from a float32 accumulator. Until then its memory keeps the gradient of the logits of the first d rows;
 the logits of the others are multiplied a second time.
+
+On a CPU without instructions for the dtype every product is a widened one: PyTorch's own would hold the weight's
+gradient in float32 at once.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..products import is_widened, widened_product
 from .rule import Gradients, Problem, Rule, Statistics
 
 # Logits held at once.
-BLOCK_BYTES = 48 * 1024 * 1024
+BLOCK_BYTES = 44 * 1024 * 1024
 # Of these, as many elements as stay in cache are worked on at a time, in float32.
 SLICE_ELEMENTS = 512 * 1024
 COLUMNS_MULTIPLE = 64
@@ -54,7 +58,7 @@ def forward_blocked(problem: Problem, grad: float, gradients: Gradients) -> Stat
         if slopes is not None:
             slopes.keep(first, b_logits)
         elif weight_grad is not None:
-            torch.addmm(weight_grad, b_logits.T, b_hidden, beta=1 if first else 0, alpha=grad, out=weight_grad)
+            _add_weight(weight_grad, b_logits, b_hidden, grad, first > 0)
         if sums is not None:
             sums += b_logits.sum(0, dtype=sums.dtype)
     if gradients.bias is not None:
@@ -107,8 +111,7 @@ def _finish_weight(slopes: _Slopes, problem: Problem, hidden: Tensor, lse: Tenso
             b_bias = None if problem.bias is None else problem.bias[block]
             b_logits = _multiply(hidden[kept:], problem.weight[block], b_bias, b_slopes[kept:])
             _slope(b_logits, problem, problem.labels[kept:] - block.start, lse, ones)
-        out = slopes.weight_grad[block]
-        torch.addmm(out, b_slopes.T, hidden, beta=0, alpha=grad, out=out)
+        _add_weight(slopes.weight_grad[block], b_slopes, hidden, grad, False)
 
 
 def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gradients) -> None:
@@ -126,10 +129,12 @@ def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gr
         _multiply(hidden, b_weight, b_bias, b_logits)
         _slope(b_logits, problem, problem.labels - first, lse, grad)
         if gradients.weight is not None:
-            torch.mm(b_logits.T, hidden, out=gradients.weight[block])
+            _add_weight(gradients.weight[block], b_logits, hidden, 1.0, False)
         if gradients.bias is not None:
             gradients.bias[block] = b_logits.sum(0, dtype=problem.accumulator)
-        if total is not None:
+        if total is not None and is_widened(b_weight):
+            widened_product(b_logits, b_weight, total, add=True)
+        elif total is not None:
             total += b_logits @ b_weight
     if gradients.hidden is not None:
         gradients.hidden.index_copy_(0, problem.rows, total.to(gradients.hidden.dtype))
@@ -142,6 +147,9 @@ def _columns(count: int, elements: int) -> int:
 
 def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """hidden · weightᵀ + bias, into memory that is already there: fresh memory costs a page fault every 4 KiB."""
+    if is_widened(weight):
+        widened_product(hidden, weight.T, out, bias=bias)
+        return out
     for panel in _panels(weight, LOGITS_PANEL_BYTES):
         if bias is None:
             torch.mm(hidden, weight[panel].T, out=out[:, panel])
@@ -152,11 +160,23 @@ def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
 
 def _multiply_on(b_logits: Tensor, weight: Tensor) -> Tensor:
     """The gradient of the logits (n, V) · weight."""
+    if is_widened(weight):
+        out = b_logits.new_empty(b_logits.shape[0], weight.shape[1])
+        widened_product(b_logits, weight, out)
+        return out
     panels = _panels(weight, HIDDEN_PANEL_BYTES)
     out = b_logits[:, panels[0]] @ weight[panels[0]]
     for panel in panels[1:]:
         torch.addmm(out, b_logits[:, panel], weight[panel], out=out)
     return out
+
+
+def _add_weight(out: Tensor, b_slopes: Tensor, hidden: Tensor, grad: float, add: bool) -> None:
+    """Write the gradient of a weight (v, d), or ``add`` it, from that of the logits (n, v) and the rows (n, d)."""
+    if is_widened(out):
+        widened_product(b_slopes.T, hidden, out, scale=grad, add=add)
+    else:
+        torch.addmm(out, b_slopes.T, hidden, beta=1 if add else 0, alpha=grad, out=out)
 
 
 def _form_hidden(b_slopes: Tensor, weight: Tensor, grad: float, out: Tensor, rows: Tensor) -> None:

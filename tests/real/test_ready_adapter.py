@@ -39,7 +39,8 @@ def test_a_name_is_a_folder_unless_there_is_one_of_that_name(tmp_path: Path, mon
 
 @pytest.mark.real
 def test_questions_find_the_functions_they_ask_for() -> None:
+    """Among a tenth of the docstrings; `make reproduce` asks among all before it lets an adapter come here."""
     try:
-        assert missed(NAME) == {}
+        assert missed(NAME, every=10) == {}
     except FetchError as error:
         pytest.skip(str(error))

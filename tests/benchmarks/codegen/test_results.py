@@ -20,9 +20,9 @@ MARK = 12345  # registers that no kernel has: a row that was taken over shows th
 
 def _run(file, page, *more):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "benchmarks.codegen", "--family", FAMILY, "--arch", CHIP, "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks.codegen", "--jobs", "1", "--family", FAMILY, "--arch", CHIP]
     run = subprocess.run(
-        [*command, "--markdown", str(page), *more],
+        [*command, "--json", str(file), "--markdown", str(page), *more],
         cwd=ROOT,
         env=environment,
         capture_output=True,

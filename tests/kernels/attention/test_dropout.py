@@ -8,7 +8,7 @@ from numerics import assert_error_within
 from llm2vec_fast.kernels.attention import attention
 from llm2vec_fast.kernels.attention.dropout import Dropout, gain_of, threshold_of
 
-LENGTHS = (130, 0, 9, 70)
+LENGTHS = (70, 0, 9)
 
 
 def _weights(layout, length, heads=2, backend="reference", seed=3, probability=0.3):
@@ -33,7 +33,7 @@ def test_every_backend_and_layout_drops_the_same_elements(backend, kind):
 @pytest.mark.parametrize("rule", [{}, {"window": 20}, {"causal": True}], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "blocked"])
 def test_output_is_as_exact_as_pytorch_with_the_same_mask(backend, rule):
-    case = Case(LENGTHS, 4, 2, settings={"dropout_p": 0.3, "seed": 11, **rule})
+    case = Case(LENGTHS, 2, 1, settings={"dropout_p": 0.3, "seed": 11, **rule})
     assert_error_within(*three_ways(case, torch.float32, backend))
 
 

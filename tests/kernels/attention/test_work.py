@@ -72,7 +72,7 @@ def pairs_of_tiles(lengths) -> int:
 
 @pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 def test_triton_visits_only_the_tiles_in_the_window(small_tiles, monkeypatch, causal):
-    length, window = 192, 32
+    length, window = 112, 32
     tiles, reach = length // TILE, window // TILE
     visited = sum(min(i if causal else i + reach, tiles - 1) - max(i - reach, 0) + 1 for i in range(tiles))
     forward, backward = triton_work(monkeypatch, (length,), window=window, causal=causal)
@@ -81,7 +81,7 @@ def test_triton_visits_only_the_tiles_in_the_window(small_tiles, monkeypatch, ca
 
 
 def test_a_skewed_batch_costs_triton_no_idle_program_and_no_product_too_many(small_tiles, monkeypatch):
-    lengths = (16,) * 12 + (160,)
+    lengths = (16,) * 7 + (96,)
     forward, backward = triton_work(monkeypatch, lengths)
     assert forward["programs"] == 2 * sum(-(-length // TILE) for length in lengths)
     assert forward["products"] == FORWARD * 2 * pairs_of_tiles(lengths) * TILE**3

@@ -25,10 +25,10 @@ RULES = (
     {"symmetric": True, "query_negatives": True, "false_negative_margin": -0.3},
 )
 CASES = [
-    *(Case(40, 70, 24, rule) for rule in RULES),
-    *(Case(70, 40, 24, rule, shared=True) for rule in RULES),
-    *(Case(40, 70, 24, rule, same=True) for rule in RULES),
-    Case(33, 50, 24, RULES[-1], shared=True, same=True),
+    *(Case(20, 37, 24, rule) for rule in RULES),
+    *(Case(37, 20, 24, rule, shared=True) for rule in RULES),
+    *(Case(20, 37, 24, rule, same=True) for rule in RULES),
+    Case(40, 70, 24, RULES[-1], shared=True, same=True),
     Case(1, 1, 8),
     Case(1, 1, 8, {"symmetric": True, "query_negatives": True}),
     Case(1, 9, 5, {"symmetric": True}),
@@ -37,9 +37,9 @@ CASES = [
     Case(16, 40, 100, {"symmetric": True, "query_negatives": True}, scale=1e-3),
 ]
 MANY_TILES = [
-    Case(70, 150, 24),
-    Case(70, 150, 24, {"symmetric": True}, same=True),
-    Case(150, 70, 24, RULES[-1], shared=True),
+    Case(50, 100, 24),
+    Case(50, 100, 24, {"symmetric": True}, same=True),
+    Case(100, 50, 24, RULES[-1], shared=True),
 ]
 BACKENDS = [
     pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import uninitialised_memory_is_nan
-from elementwise_cases import BACKEND_IDS, BACKENDS
+from elementwise_cases import BACKENDS
 from numerics import GRADIENT_FACTOR, assert_error_within
+from pairwise import pairwise
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -35,11 +36,15 @@ def packed(lengths: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, 
     return hidden, layout, skip
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=BACKEND_IDS)
-@pytest.mark.parametrize("skipping", [False, True], ids=["all", "skip"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+PLAN = pairwise(lengths=LENGTHS, mode=MODES, skipping=[False, True], backend=range(len(BACKENDS)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "mode", "skipping", "backend", "dtype"),
+    [pytest.param(x["lengths"], x["mode"], x["skipping"], *BACKENDS[x["backend"]]) for x in PLAN],
+)
 def test_as_exact_as_the_definition_in_the_same_dtype(lengths, mode, skipping, backend, dtype):
+    lengths = LENGTHS[lengths]
     hidden, layout, skip = packed(lengths, 40, dtype)
     skip = skip if skipping else None
     upstream = torch.randn(len(lengths), 40, generator=torch.Generator().manual_seed(2))
