@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from reference_data import FOLDER
+from warm_processes import Ranks, WarmProcesses
 
 TEXT = "the cat sat on a mat while rain fell over old stone walls near our quiet river"
 
@@ -67,29 +68,49 @@ def settings(corpus: str, tmp_path: Path) -> Callable[..., dict[str, object]]:
     return settings
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmProcesses]:
+    """What `launch` forks from."""
+    processes = WarmProcesses()
+    yield processes
+    processes.close()
+
+
 @pytest.fixture
-def launch() -> Callable[..., subprocess.Popen[str]]:
-    """Start `llm2vec-fast train STAGE --key=value …` in so many processes; lists are given as several values."""
+def launch(warm: WarmProcesses, tmp_path: Path) -> Callable[..., Ranks | subprocess.Popen[str]]:
+    """Start `llm2vec-fast train STAGE --key=value …` in so many processes; lists are given as several values.
+
+    ``cold`` starts Python, and torchrun for several processes, as a user does.
+    """
 
     def launch(
-        stage: str, options: dict[str, object], processes: int = 1, program: tuple[str, ...] = ("-m", "llm2vec_fast")
-    ) -> subprocess.Popen[str]:
+        stage: str,
+        options: dict[str, object],
+        processes: int = 1,
+        program: tuple[str, ...] = ("-m", "llm2vec_fast"),
+        cold: bool = False,
+    ) -> Ranks | subprocess.Popen[str]:
         words = []
         for name, value in options.items():
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        command = [*program, "train", stage, *words]
+        if not cold:
+            return warm.start(command, processes, tmp_path)
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        start = [sys.executable, *(several if processes > 1 else []), *program, "train", stage, *words]
-        return subprocess.Popen(start, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stderr=subprocess.PIPE)
+        start = [sys.executable, *(several if processes > 1 else []), *command]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(start, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     return launch
 
 
 @pytest.fixture
-def finished() -> Callable[[subprocess.Popen[str]], None]:
-    """Wait for a process that ought to end well."""
+def finished() -> Callable[[Ranks | subprocess.Popen[str]], str]:
+    """Wait for processes that ought to end well: what they printed."""
 
-    def finished(process: subprocess.Popen[str]) -> None:
-        _, errors = process.communicate(timeout=300)
+    def finished(process: Ranks | subprocess.Popen[str]) -> str:
+        printed, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
+        return printed
 
     return finished

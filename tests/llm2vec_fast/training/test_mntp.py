@@ -217,7 +217,7 @@ def test_two_processes_train_as_one_on_the_joined_batch(
             name, mask_token_type="eos", line_by_line=True, max_steps=3, save_strategy="no", learning_rate=0.02,
             per_device_train_batch_size=8 // processes, **UNCLIPPED,
         )  # fmt: skip
-        finished(launch("mntp", options, processes))
+        finished(launch("mntp", options, processes, cold=True))
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
 
 

@@ -31,7 +31,7 @@ def assert_same(some: Path, others: Path, name: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_sharded_weights_train_and_resume_as_whole_ones(
     stage: str, settings: Callable[..., dict[str, object]], launch: Callable, finished: Callable,
-    files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    files: dict[str, str], tmp_path: Path,
 ) -> None:  # fmt: skip
     shared = {"train_file": files[stage], "validation_file": files[stage], "max_seq_length": 48, **STAGES[stage]}
 
@@ -41,12 +41,9 @@ def test_sharded_weights_train_and_resume_as_whole_ones(
         return settings(output, **shared, **scales, max_steps=steps, lr_scheduler_type="constant")
 
     finished(launch(stage, options("whole", 4), processes=2))
-    capfd.readouterr()
     for steps in (2, 4):  # the second goes on from the first one's checkpoint
-        finished(launch(stage, {**options("sharded", steps), **SHARDED}, processes=2, program=PROGRAM))
-        (all_of_them,) = set(
-            re.findall(r"sharded (\d+) of \1 parameters, largest share 0\.5\n", capfd.readouterr().out)
-        )
+        said = finished(launch(stage, {**options("sharded", steps), **SHARDED}, processes=2, program=PROGRAM))
+        (all_of_them,) = set(re.findall(r"sharded (\d+) of \1 parameters, largest share 0\.5\n", said))
         assert int(all_of_them) > 40
     assert_same(tmp_path / "sharded", tmp_path / "whole", "adapter_model.safetensors")
     if "learn_scale" in STAGES[stage]:
