@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def read_sentences(files: Sequence[str], word_column: str, label_column: str) ->
             length.
     """
     found: list[Sentence] = []
-    for file in map(Path, files):
+    for file in map(Path, map(os.path.expanduser, files)):
         if not file.is_file():
             raise UserError(f"the labelled file {file} does not exist: check the path")
         kind = (file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file).suffix.lower()

@@ -269,7 +269,7 @@ def test_a_bad_id_is_a_bad_row(run: Run, tmp_path: Path) -> None:
     path.write_text('{"text": "a", "key": null}\n{"text": "b", "key": [1]}\n{"text": "c", "key": 1}\n')
     run(path, id_column="key")
     assert [error["row"] for error in errors(tmp_path / "out")] == [1, 2]
-    assert ids(tmp_path / "out") == ["1"]
+    assert ids(tmp_path / "out") == [1]
 
 
 def test_an_embedding_too_large_for_float16_is_left_out(run: Run, tmp_path: Path) -> None:

@@ -194,6 +194,11 @@ def test_tables_and_columns_hold_the_same_sentences(columns: str, tmp_path: Path
     assert read_sentences([columns], "0", "1")[0].labels == [str(len(word)) for word in expected[0].words]
 
 
+def test_the_home_folder_may_be_a_tilde(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path(columns).parent))
+    assert read_sentences([f"~/{Path(columns).name}"], "0", "-1") == read_sentences([columns], "0", "-1")
+
+
 def test_texts_are_not_taken_for_labelled_words(tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("the cat sat\nrain fell over old stone walls\n")
