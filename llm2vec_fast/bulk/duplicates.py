@@ -27,10 +27,10 @@ def tell_duplicates(parts: Sequence[tuple[Part, Path]], column: str, notify: Cal
         known = set(repeated.tolist())
         first = next(value for value in _ids(parts) if hash(_key(value)) in known)
         rows = int(counts[counts > 1].sum())
-        notify(
-            f"{len(repeated):,} ids of column {column!r} occur more than once{among}, in {rows:,} rows, one is "
-            f"{shown_value(first)!r}: rows of one id cannot be told apart"
-        )
+        which = f"{shown_value(first)!r} of column {column!r} occurs"
+        if len(repeated) > 1:
+            which = f"{len(repeated):,} ids of column {column!r}, such as {shown_value(first)!r}, occur"
+        notify(f"{which} in {rows:,} rows{among}: rows of one id cannot be told apart")
     elif among:
         notify(f"no id of column {column!r} occurs twice{among}; the others were not looked at")
 
@@ -38,8 +38,8 @@ def tell_duplicates(parts: Sequence[tuple[Part, Path]], column: str, notify: Cal
 def _ids(parts: Sequence[tuple[Part, Path]]) -> Iterator[Any]:
     count = 0
     for _, path in parts:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=["id"]):
+        with open(path, "rb") as file:  # pyarrow opens no path that is not UTF-8
+            for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=["id"]):
                 for value in python_values(batch.column(0)):
                     if count == ROWS_LOOKED_AT:
                         return

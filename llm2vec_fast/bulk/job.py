@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -33,7 +34,7 @@ from llm2vec_fast.bulk.encoding import (
 from llm2vec_fast.bulk.folder import open_manifest, prepare
 from llm2vec_fast.bulk.manifest import JOB_FOLDER, Manifest, Part, part_name, write_manifest
 from llm2vec_fast.bulk.problems import ERRORS, keep_problems_of
-from llm2vec_fast.bulk.progress import Meter, ProgressLine
+from llm2vec_fast.bulk.progress import Meter, ProgressLine, counted
 from llm2vec_fast.bulk.settings import EmbedSettings
 from llm2vec_fast.bulk.sink import Sink
 from llm2vec_fast.data.inputs import InputFile, find_inputs
@@ -121,9 +122,14 @@ def _end_if_stopped(manifest: Manifest, stop: threading.Event) -> None:
 
 
 def _require_free_names(settings: EmbedSettings) -> None:
-    taken = [name for name in settings.keep_columns if name in RESERVED_COLUMNS]
-    if taken:
-        raise InputError(f"column {taken[0]!r} cannot be kept under this name: the output has a column {taken[0]!r}")
+    for name, count in Counter(settings.keep_columns).items():
+        if name == settings.id_column == "id":
+            raise InputError("column 'id' is the id, which the output has in any case: leave it out of --keep-columns")
+        if name in RESERVED_COLUMNS:
+            advice = ", or make it the id with --id-column id" if name == "id" else ""
+            raise InputError(f"column {name!r} cannot be kept, the output has one of its own: rename it{advice}")
+        if count > 1:
+            raise InputError(f"--keep-columns names {name!r} {count} times: name it once")
 
 
 def _run(
@@ -136,7 +142,8 @@ def _run(
     notify: Callable[[str], None],
 ) -> Outcome:
     if manifest.parts:
-        notify(f"going on after {len(manifest.parts):,} finished parts ({manifest.total('rows'):,} rows)")
+        rows = counted(manifest.total("rows"), "row")
+        notify(f"going on after {counted(len(manifest.parts), 'finished part')} ({rows})")
     keep_problems_of(folder, manifest.parts)
     write_manifest(folder, manifest)
     settings = with_choices(settings, manifest.resolved)
@@ -333,5 +340,5 @@ def _outcome(manifest: Manifest, **now: Any) -> Outcome:
 
 def _nothing_embedded(folder: Path, outcome: Outcome) -> str:
     if outcome.bad_rows or outcome.damaged:
-        return f"no row could be embedded: {outcome.bad_rows:,} rows left out, {folder / ERRORS} says why"
+        return f"no row could be embedded: {counted(outcome.bad_rows, 'row')} left out, {folder / ERRORS} says why"
     return "no row could be embedded: the input files hold no rows"

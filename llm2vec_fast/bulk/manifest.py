@@ -158,6 +158,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         _refuse_format_1(folder)
         return None
     try:
+        journal = list(read_json_lines(folder / JOB_FOLDER / JOURNAL))  # first, as a job that ends drops it last
         value = of_type(dict, json.loads(path.read_text(encoding="utf-8")), "it")
         found = value.get("format"), value.get("format_version")
         if found != (FORMAT, FORMAT_VERSION) and None not in found:
@@ -166,10 +167,10 @@ def read_manifest(folder: Path) -> Manifest | None:
                 f"version {FORMAT_VERSION}: use the release that wrote it"
             )
         manifest = _manifest_from(value)
-        for line in read_json_lines(folder / JOB_FOLDER / JOURNAL):
+        for line in journal:
             part = dataclass_from(Part, line, f"a line of {JOB_FOLDER}/{JOURNAL}")
             _require_possible(part, len(manifest.environments))
-            manifest.parts[part.index] = part
+            manifest.parts.setdefault(part.index, part)
         _require_in_order(manifest)
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{path} is damaged ({error}): embed again into a new folder") from error

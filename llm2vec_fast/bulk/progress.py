@@ -138,6 +138,11 @@ class ProgressLine:
             print(self._meter.line(), file=sys.stderr, flush=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 part", "2 parts"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """ "0:12:34", or "2 d 03:04:05"."""
     minutes, second = divmod(round(seconds), 60)

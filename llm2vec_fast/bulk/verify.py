@@ -8,12 +8,10 @@ from pathlib import Path
 
 from llm2vec_fast.bulk.checking import faults, forget_checked
 from llm2vec_fast.bulk.folder import Teller
-from llm2vec_fast.bulk.manifest import JOB_FOLDER, MANIFEST, Manifest, read_manifest
+from llm2vec_fast.bulk.manifest import MANIFEST, Manifest, read_manifest
 from llm2vec_fast.bulk.problems import ERRORS, digests
 from llm2vec_fast.errors import InputError
 from llm2vec_fast.jobs.files import is_leftover
-
-OWN = (MANIFEST, ERRORS, JOB_FOLDER)
 
 
 @dataclass

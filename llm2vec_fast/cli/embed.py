@@ -67,6 +67,7 @@ def embed(
     130, 143  stopped by Ctrl-C, by SIGTERM
     """
     from llm2vec_fast.bulk import encoding, job
+    from llm2vec_fast.bulk.progress import counted
     from llm2vec_fast.bulk.settings import EmbedSettings
 
     settings = EmbedSettings(
@@ -101,9 +102,8 @@ def embed(
             raise typer.Exit(stop.exit_code) from None
     _say(_summary(outcome, output))
     if outcome.damaged:
-        _say(
-            f"{outcome.damaged:,} damaged places in the input could not be read: {output / '_errors.jsonl'} names them"
-        )
+        places = counted(outcome.damaged, "damaged place")
+        _say(f"{places} in the input could not be read: see {output / '_errors.jsonl'}")
         raise typer.Exit(1)
 
 
@@ -112,19 +112,23 @@ def _say(sentence: str) -> None:
 
 
 def _how_to_go_on(stopped: JobStoppedError) -> str:
-    kept = f"{stopped.parts:,} finished parts ({stopped.rows:,} rows) are kept"
+    from llm2vec_fast.bulk.progress import counted
+
+    verb = "is" if stopped.parts == 1 else "are"
+    kept = f"{counted(stopped.parts, 'finished part')} ({counted(stopped.rows, 'row')}) {verb} kept"
     return f"stopped: {kept}; the same command goes on:\n  {shlex.join(['llm2vec-fast', *sys.argv[1:]])}"
 
 
 def _summary(outcome: Outcome, output: Path) -> str:
-    from llm2vec_fast.bulk.progress import duration
+    from llm2vec_fast.bulk.progress import counted, duration
 
     left_out = f", {outcome.bad_rows:,} left out ({output / '_errors.jsonl'} says why)" if outcome.bad_rows else ""
-    holds = f"{outcome.rows:,} rows × {outcome.dimension} in {outcome.parts:,} parts of {output}{left_out}"
+    rows, parts = counted(outcome.rows, "row"), counted(outcome.parts, "part")
+    holds = f"{rows} × {outcome.dimension} in {parts} of {output}{left_out}"
     if outcome.already_finished:
         return f"already finished: {holds}"
     rate = outcome.tokens_now / outcome.seconds if outcome.seconds else 0.0
     return (
-        f"done: {holds}; this run: {outcome.rows_now:,} rows, {outcome.tokens_now:,} tokens in "
+        f"done: {holds}; this run: {counted(outcome.rows_now, 'row')}, {outcome.tokens_now:,} tokens in "
         f"{duration(outcome.seconds)}, {rate:,.0f} tokens/s, {outcome.padding:.1%} padding"
     )

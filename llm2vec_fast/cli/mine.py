@@ -118,6 +118,7 @@ def mine(
     from llm2vec_fast import mining
     from llm2vec_fast.bulk import encoding
     from llm2vec_fast.bulk.job import JobStoppedError
+    from llm2vec_fast.bulk.progress import counted
     from llm2vec_fast.bulk.settings import EmbedSettings
 
     encoder = EmbedSettings(
@@ -149,7 +150,8 @@ def mine(
             _say(f"stopped; the same command goes on:\n  {shlex.join(['llm2vec-fast', *sys.argv[1:]])}")
             raise typer.Exit(stop.exit_code) from None
     without = f", {outcome.without:,} of them with none" if outcome.without else ""
-    _say(f"done: {outcome.negatives:,} hard negatives for {outcome.rows:,} rows{without}: {output}")
+    found = f"{counted(outcome.negatives, 'hard negative')} for {counted(outcome.rows, 'row')}"
+    _say(f"done: {found}{without}: {output}")
 
 
 def _say(sentence: str) -> None:

@@ -29,15 +29,19 @@ def verify(
     0  every part is as it was written, and the job is finished
     1  something is damaged or missing, or the job is not finished
     """
+    from llm2vec_fast.bulk.progress import counted
     from llm2vec_fast.bulk.verify import verify as check
 
     report = check(folder, notify=lambda sentence: print(sentence, file=sys.stderr))
     for fault in report.faults:
         print(fault)
     left_out = f", {report.bad_rows:,} left out" if report.bad_rows else ""
-    print(f"{folder}: {report.parts:,} parts, {report.rows:,} rows{left_out}, {report.bytes / 1e6:,.1f} MB")
+    holds = f"{counted(report.parts, 'part')}, {counted(report.rows, 'row')}{left_out}"
+    print(f"{folder}: {holds}, {report.bytes / 1e6:,.1f} MB")
     if report.faults:
-        print(f"{len(report.faults):,} faults: the embed command that made the folder makes damaged parts again")
+        print(
+            f"{counted(len(report.faults), 'fault')}: the embed command that made the folder makes damaged parts again"
+        )
     elif not report.finished:
         print("every part is as it was written, but the job is not finished: its embed command goes on")
     else:

@@ -51,6 +51,18 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found if len(found) == len(pairs) else Repeated(pairs)
 
 
+def repeated_in(value: Any) -> str | None:
+    """A name that occurs twice in an object of JSON or in one inside it, None where there is none."""
+    inner = [value]
+    while inner:
+        each = inner.pop()
+        if isinstance(each, Repeated):
+            return min(each.names)
+        if isinstance(each, dict | list):
+            inner += each.values() if isinstance(each, dict) else each
+    return None
+
+
 def require_columns(shown: str, asked: Sequence[Asked], available: Sequence[str]) -> None:
     """Refuse a file, by what it is shown as, that lacks a column or has two of its name.
 

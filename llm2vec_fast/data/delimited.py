@@ -143,7 +143,8 @@ class _Records:
         last = self._lines.number
         if "unexpected end of data" in str(error):
             opened = first + self._lines_before_quote()
-            return f"the quote that opens in line {opened} is never closed: lines {first} to {last} are not read", True
+            lost = f"line {first} is" if first == last else f"lines {first} to {last} are"
+            return f"the quote that opens in line {opened} is never closed: {lost} not read", True
         if "field larger than field limit" in str(error):
             opened = first + self._lines_before_quote()
             reason = f"the quote that opens in line {opened} is not closed within {MAX_ROW_BYTES >> 20} MiB"

@@ -150,7 +150,9 @@ def _expand(pattern: str, excluded: Sequence[Path], notify: Notify) -> list[Path
             raise InputError(f"{shown} is of a format that its name does not tell: rename it to end in one of {KNOWN}")
         return [path]
     if os.path.lexists(pattern):
-        raise InputError(f"input {shown} is a link to {printable(os.readlink(pattern))}, which does not exist")
+        raise InputError(
+            f"input {shown} is a link to {printable(os.readlink(pattern))}, which does not exist: give the file itself"
+        )
     if not glob.has_magic(pattern):
         raise InputError(f"input {shown} does not exist: give a file, a folder or a quoted glob")
     return _match(pattern, excluded, notify)

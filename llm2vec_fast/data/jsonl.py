@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from llm2vec_fast.data.columns import Repeated, names_in, object_of, require_columns, value_in
+from llm2vec_fast.data.columns import names_in, object_of, repeated_in, require_columns, value_in
 from llm2vec_fast.data.inputs import InputFile
 from llm2vec_fast.data.lines import Lines
 from llm2vec_fast.data.rows import MAX_ROW_BYTES, Asked, Row, RowReader
@@ -240,22 +240,25 @@ def parse_object(text: str, problem: str | None, what: str) -> tuple[Record, str
 def row_of(record: Record, problem: str | None, asked: Sequence[Asked], line: int, whole: bool) -> Row:
     """The values asked for, or the whole record; a record without its text is a bad one."""
     if whole:
-        if isinstance(record, Repeated):
-            problem = f"the row has two fields {min(record.names)!r}"
-        return Row([record], problem, line=line)
+        return Row([record], problem or _twice(repeated_in(record)), line=line)
     if problem is not None:
         return Row([None] * len(asked), problem, line=line)
     values = []
     for name, _, _, text in asked:
         try:
             there, value = value_in(record, name)
+            twice = repeated_in(value)
         except KeyError as error:
-            problem = problem or f"the row has two fields {error.args[0]!r}"
-            there, value = True, None
+            there, value, twice = True, None, error.args[0]
+        problem = problem or _twice(twice)
         if not there and text:
             problem = problem or f"the row has no field {name!r}, only {', '.join(map(repr, record)) or 'none'}"
         values.append(value)
     return Row(values, problem, line=line)
+
+
+def _twice(name: str | None) -> str | None:
+    return None if name is None else f"the row has two fields {name!r}"
 
 
 def _require_columns(file: InputFile, asked: Sequence[Asked], rows: _Sample) -> None:

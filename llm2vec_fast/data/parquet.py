@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llm2vec_fast.data.columns import require_columns
+from llm2vec_fast.data.columns import require_columns, require_different
 from llm2vec_fast.data.inputs import InputFile
 from llm2vec_fast.data.rows import Asked, Row
 from llm2vec_fast.data.sniffing import head_of, what_it_is_instead
@@ -58,7 +58,7 @@ class ParquetReader:
         return self._bytes * self._row // max(self._total, 1)
 
     def close(self) -> None:
-        self._file.close(force=True)
+        self._file.close()
 
     def types(self) -> dict[str, pa.DataType]:
         """Of the columns asked for, as they are stored again."""
@@ -96,6 +96,21 @@ class ParquetReader:
             yield Row(values)
 
 
+class _OwnedParquetFile(pq.ParquetFile):
+    """A ParquetFile of a path of any bytes (pyarrow's own is UTF-8), which closes what it opened."""
+
+    def __init__(self, path: str) -> None:
+        opened = open(path, "rb")  # noqa: SIM115 - closed by close()
+        try:
+            super().__init__(opened, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        except BaseException:
+            opened.close()
+            raise
+
+    def close(self, force: bool = True) -> None:
+        super().close(force)
+
+
 def open_parquet(file: InputFile) -> pq.ParquetFile:
     """The file, of which nothing but the footer is read.
 
@@ -105,7 +120,7 @@ def open_parquet(file: InputFile) -> pq.ParquetFile:
     try:
         wrong = what_it_is_instead(head_of(file.path, ""), "parquet")
         if wrong is None:
-            return pq.ParquetFile(file.path, buffer_size=BUFFER_BYTES, pre_buffer=False)
+            return _OwnedParquetFile(file.path)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file.shown} is not a Parquet file that can be read: {first_line(error)}") from error
     raise InputError(f"{file.shown} {wrong}")
@@ -132,25 +147,23 @@ def column_at(batch: pa.RecordBatch, path: Sequence[str]) -> pa.Array:
     return column
 
 
-def read_table(files: Sequence[InputFile]) -> pa.Table:
-    """All rows and columns of some files.
+def read_tables(files: Sequence[InputFile]) -> list[pa.Table]:
+    """All rows and columns of some files, a table a file, which have the same columns.
 
     Raises:
         InputError: a file is damaged, has two columns of one name, or other columns than the first.
     """
-    tables = []
+    tables: list[pa.Table] = []
     for file in files:
         with open_parquet(file) as opened:
-            twice = [name for name in opened.schema_arrow.names if opened.schema_arrow.names.count(name) > 1]
-            if twice:
-                raise InputError(f"{file.shown} has several columns named {twice[0]!r}: give each a name of its own")
+            require_different(file.shown, opened.schema_arrow.names)
             if tables and not opened.schema_arrow.equals(tables[0].schema):
                 raise InputError(f"{file.shown} has other columns or types than {files[0].shown}: make them the same")
             try:
                 tables.append(opened.read())
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"{file.shown} cannot be read: {first_line(error)}") from error
-    return pa.concat_tables(tables)
+    return tables
 
 
 def _require_text(file: InputFile, asked: Asked, kind: pa.DataType) -> None:

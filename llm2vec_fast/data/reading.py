@@ -14,7 +14,7 @@ from llm2vec_fast.data.rows import Asked, Problem, Row, RowReader, text_of
 from llm2vec_fast.data.sniffing import has_mac_line_ends, head_of
 from llm2vec_fast.data.streams import DAMAGE
 from llm2vec_fast.data.text import TextReader
-from llm2vec_fast.data.values import JsonKinds, is_id, unified
+from llm2vec_fast.data.values import JsonKinds, id_problem, is_id, unified
 from llm2vec_fast.errors import InputError
 
 JSON = ("jsonl", "json")
@@ -37,7 +37,7 @@ def open_reader(
     Args:
         asked: the columns.
         how: of csv and tsv files.
-        whole: a row has one value, a record of all its columns by name; not of parquet files, see `read_table`.
+        whole: a row has one value, a record of all its columns by name; not of parquet files, see `read_tables`.
 
     Raises:
         InputError: a column is missing (the message names those there are) or there twice, or the file is not of its
@@ -161,7 +161,7 @@ def decide_types(
                     )
                 types[name].append((file.shown, kind))
     read = [each for each in asked if not each.text]  # a text that is none is a row left out
-    of_json = _kinds_of([file for file in files if file.format in JSON], read, how, check, notify)
+    of_json = _kinds_of([file for file in files if file.format in JSON], read, id_column, how, check, notify)
     for each in asked:
         of_json.setdefault(each.name, pa.string() if any(file.format in JSON for file in files) else None)
     return {name: unified(name, found, of_json[name]) for name, found in types.items()}
@@ -180,6 +180,7 @@ def _declared(file: InputFile, asked: Sequence[Asked]) -> dict[str, pa.DataType]
 def _kinds_of(
     files: Sequence[InputFile],
     asked: Sequence[Asked],
+    id_column: Asked | None,
     how: Csv,
     check: Callable[[], None],
     notify: Callable[[str], None],
@@ -193,6 +194,7 @@ def _kinds_of(
         for number, row in enumerate(rows_of(file, asked, how)):
             if number % CHECK_EVERY == 0:
                 check()
-            for value, kind in zip(row.values, kinds.values(), strict=True):
-                kind.add(value)
+            for each, value, kind in zip(asked, row.values, kinds.values(), strict=True):
+                if each is not id_column or id_problem(value, each.name) is None:  # what is no id is a row left out
+                    kind.add(value)
     return {name: kind.type for name, kind in kinds.items()}

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from llm2vec_fast.data.columns import value_in
 from llm2vec_fast.data.delimited import Csv
 from llm2vec_fast.data.inputs import InputFile
-from llm2vec_fast.data.parquet import column_at, find_column, read_table
+from llm2vec_fast.data.parquet import column_at, find_column, read_tables
 from llm2vec_fast.data.reading import rows_of
 from llm2vec_fast.data.rows import Asked, Problem
 from llm2vec_fast.data.values import python_values
@@ -119,9 +119,10 @@ def all_rows(files: Sequence[InputFile], asked: Sequence[Asked], csv: Csv) -> tu
     if len(formats) == 2:
         raise InputError(f"{files[0].shown} and others are of several formats: give parquet files alone, or none")
     if formats == {True}:
-        table = read_table(files)
-        counts = [(file.name, pq.read_metadata(file.path).num_rows) for file in files]
-        return TableRows(table, [(name, row, None) for name, count in counts for row in range(1, count + 1)]), []
+        tables = read_tables(files)
+        counts = [(file.name, len(table)) for file, table in zip(files, tables, strict=True)]
+        numbered = [(name, row, None) for name, count in counts for row in range(1, count + 1)]
+        return TableRows(pa.concat_tables(tables), numbered), []
     values: list[dict[str, Any]] = []
     places: list[tuple[str, int, int | None]] = []
     problems = []

@@ -75,10 +75,12 @@ def to_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
 
 
 def as_string(value: Any) -> str:
-    """A string as it is, bytes as the UTF-8 they are, any other value of JSON as JSON."""
+    """A string as it is, bytes as the UTF-8 they are, any other value of JSON as it stands there, NaN too."""
     if isinstance(value, bytes):
         return value.decode()
-    return value if isinstance(value, str) else json_bytes(value).decode()
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()  # \ud83d
 
 
 def json_bytes(value: Any) -> bytes:

@@ -74,6 +74,8 @@ def read_mining_texts(
         else:
             name, row, line = found.places[i]
             problems.append(Problem(name, row, None, wrong, line=line))
+    order = {file.name: number for number, file in enumerate(pairs)}
+    problems.sort(key=lambda problem: (order[problem.file], problem.row))
     more, others = _documents(corpora, settings, notify)
     _tell(total + len(more) + len(others), [*problems, *others], listing, notify)
     if not some:
@@ -117,6 +119,7 @@ def _documents(
 
 def _tell(rows: int, problems: Sequence[Problem], listing: Path, notify: Callable[[str], None]) -> None:
     """Say which rows are left out, and list them all."""
+    listing.unlink(missing_ok=True)  # of an earlier run
     if not problems:
         return
     left = LeftOut(rows)

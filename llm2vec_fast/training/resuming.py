@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def _settings(arguments: TrainingArguments) -> dict[str, Any]:
 
 def _files(entry: str, folder: Path) -> list[Path]:
     """A file, or those of a folder or glob."""
-    return [Path(entry)] if Path(entry).is_file() else [Path(file.path) for file in find_inputs([entry], [folder])]
+    file = Path(os.path.expanduser(entry))
+    return [file] if file.is_file() else [Path(found.path) for found in find_inputs([entry], [folder])]
 
 
 def _several(given: str | list[str] | None) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def read_sentences(files: Sequence[str], word_column: str, label_column: str) ->
             length.
     """
     found: list[Sentence] = []
-    for file in map(Path, files):
+    for file in map(Path, map(os.path.expanduser, files)):
         if not file.is_file():
             raise UserError(f"the labelled file {file} does not exist: check the path")
         kind = (file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file).suffix.lower()
@@ -114,6 +115,8 @@ def _from_table(file: InputFile, word_column: str, label_column: str) -> Iterato
             raise UserError(f"{place} has not one label a word: give two lists of one length")
         if any(each is None or isinstance(each, list | dict) for each in (*words, *labels)):
             raise UserError(f"{place} has a word or a label that is null or a list: give a text for each")
+        if names and any(type(i) is not int or not 0 <= i < len(names) for i in labels):
+            raise UserError(f"{place} has a label that is none of the {len(names)} of its column: leave the row out")
         yield Sentence([str(word) for word in words], [names[i] if names else str(i) for i in labels])
 
 

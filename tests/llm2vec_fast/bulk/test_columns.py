@@ -120,9 +120,7 @@ def test_ids_that_occur_twice_are_counted_and_said(run: Run, tmp_path: Path, mon
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     said: list[str] = []
     run(tmp_path / "a.jsonl", id_column="key", notify=said.append)
-    assert said == [
-        "3 ids of column 'key' occur more than once, in 7 rows, one is -1: rows of one id cannot be told apart"
-    ]
+    assert said == ["3 ids of column 'key', such as -1, occur in 7 rows: rows of one id cannot be told apart"]
     monkeypatch.setattr(duplicates, "ROWS_LOOKED_AT", 20)
     run(tmp_path / "a.jsonl", output="few", id_column="key", notify=said.append)
     assert said[1:] == ["no id of column 'key' occurs twice among the first 20 rows; the others were not looked at"]
@@ -171,3 +169,35 @@ def test_a_file_name_that_is_not_utf8_goes_through_a_whole_job(run: Run, tmp_pat
     assert ids(tmp_path / "out") == ["caf\\xe9.txt:1", "caf\\xe9.txt:3"]
     assert [each["file"] for each in errors(tmp_path / "out")] == ["caf\\xe9.txt"]
     assert run(path, load=never_load).already_finished
+
+
+def test_parquet_files_and_outputs_may_have_names_that_are_not_utf8(run: Run, tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet")
+    with open(path, "wb") as file:
+        pq.write_table(pa.table({"text": ["a", "b"], "key": [1, 1]}), file)
+    said: list[str] = []
+    output = os.fsdecode(b"caf\xe9")
+    run(path, output=output, id_column="key", notify=said.append)
+    with open(tmp_path / output / "part-00000.parquet", "rb") as file:
+        assert pq.read_table(file)["id"].to_pylist() == [1, 1]
+    assert said == ["1 of column 'key' occurs in 2 rows: rows of one id cannot be told apart"]
+
+
+def test_numbers_that_json_has_not_stay_what_they_are(run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"id": 1, "x": float("nan")},
+        {"id": 2, "x": "n/a"},
+        {"id": 3, "x": [1, float("inf")]},
+        {"id": 4, "x": None},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "t", **row}) + "\n" for row in rows))
+    run(tmp_path / "a.jsonl", id_column="id", keep_columns=("x",))
+    assert table(tmp_path / "out")["x"].to_pylist() == ["NaN", "n/a", "[1, Infinity]", None]
+
+
+def test_what_is_no_id_does_not_decide_the_type_of_ids(run: Run, tmp_path: Path) -> None:
+    rows = [{"key": key, "text": "t"} for key in (7, True, float("nan"), [1], "", None, 8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path / "a.jsonl", id_column="key")
+    assert ids(tmp_path / "out") == [7, 8]
+    assert [each["row"] for each in errors(tmp_path / "out")] == [2, 3, 4, 5, 6]

@@ -269,7 +269,7 @@ def test_a_bad_id_is_a_bad_row(run: Run, tmp_path: Path) -> None:
     path.write_text('{"text": "a", "key": null}\n{"text": "b", "key": [1]}\n{"text": "c", "key": 1}\n')
     run(path, id_column="key")
     assert [error["row"] for error in errors(tmp_path / "out")] == [1, 2]
-    assert ids(tmp_path / "out") == ["1"]
+    assert ids(tmp_path / "out") == [1]
 
 
 def test_an_embedding_too_large_for_float16_is_left_out(run: Run, tmp_path: Path) -> None:
@@ -408,9 +408,18 @@ def test_more_dimensions_than_the_model_has_are_refused(run: Run, lines: Path) -
         run(lines, truncate_dim=17)
 
 
-def test_a_column_cannot_be_kept_under_a_name_of_the_output(run: Run, lines: Path) -> None:
-    with pytest.raises(InputError, match="column 'id' cannot be kept under this name"):
-        run(lines, keep_columns=("id",))
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"keep_columns": ("id",)}, "'id' cannot be kept, the output has one of its own: rename it, or make it the id"),
+        ({"keep_columns": ("embedding",)}, "'embedding' cannot be kept, the output has one of its own: rename it$"),
+        ({"keep_columns": ("id",), "id_column": "id"}, "'id' is the id, which the output has in any case: leave it"),
+        ({"keep_columns": ("text", "text")}, "--keep-columns names 'text' 2 times: name it once"),
+    ],
+)
+def test_a_column_that_the_output_cannot_have_is_refused(run: Run, lines: Path, options: dict, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        run(lines, **options)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}'])

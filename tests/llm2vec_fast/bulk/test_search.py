@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from folders import embeddings, ids
 
 from llm2vec_fast.bulk import search as module
 from llm2vec_fast.bulk.job import JobStoppedError, Outcome
+from llm2vec_fast.bulk.manifest import read_manifest, record_part, write_manifest
 from llm2vec_fast.bulk.search import search
 from llm2vec_fast.errors import ChangedError, InputError, NonFiniteEmbeddingError, OutputError
+from llm2vec_fast.jobs import files
 
 Run = Callable[..., Outcome]
 QUESTIONS = ["alpha beta", "gamma", "delta delta beta"]
@@ -104,6 +107,35 @@ def test_an_unfinished_folder_is_searched_as_far_as_it_goes(run: Run, texts: Pat
     said: list[str] = []
     assert len(find(tmp_path / "out", ["gamma"], top_k=100, notify=said.append)[0]) == 20
     assert said[0] == f"{tmp_path / 'out'} is not finished: searching the 20 rows it holds so far"
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_job_that_ends_while_its_folder_is_read_hides_no_row(
+    run: Run, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    folder = tmp_path / "out"
+    run(texts, rows_per_shard=50)
+    ended = read_manifest(folder)
+    assert ended is not None
+    write_manifest(folder, replace(ended, parts={}, state="unfinished"))
+    for part in ended.parts.values():
+        record_part(folder, part)
+    looks = iter(range(100))
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*arguments: Any, **options: Any) -> Any:
+            if next(looks) == moment:
+                write_manifest(folder, ended)
+            return real(*arguments, **options)
+
+        return look
+
+    monkeypatch.setattr(Path, "exists", watched(Path.exists))
+    monkeypatch.setattr(Path, "read_text", watched(Path.read_text))
+    monkeypatch.setattr(files, "open", watched(open), raising=False)
+    found = read_manifest(folder)
+    assert found is not None
+    assert found.total("rows") == 200
 
 
 def test_what_cannot_be_searched_is_refused(run: Run, texts: Path, tmp_path: Path) -> None:

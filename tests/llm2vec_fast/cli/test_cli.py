@@ -90,7 +90,7 @@ def test_embed_then_search(embed: Callable[..., Result], tmp_path: Path) -> None
     done = embed("--id-column", "id", "--keep-columns", "text")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert "done: 2 rows × 16 in 1 parts" in done.stderr
+    assert "done: 2 rows × 16 in 1 part of" in done.stderr
     again = embed("--id-column", "id", "--keep-columns", "text")
     assert (again.returncode, again.stderr.startswith("already finished: 2 rows")) == (0, True)
     found = fake("search", tmp_path / "out", "compress", "read", "--top-k", 1)
@@ -133,8 +133,8 @@ def test_a_damaged_file_ends_in_exit_code_1_though_the_rest_is_embedded(tmp_path
     (tmp_path / "b.txt.gz").write_bytes(b"\x1f\x8b\x08 not gzip")
     result = fake("embed", tmp_path / "a.txt", tmp_path / "b.txt.gz", "-m", model, "-o", tmp_path / "out")
     assert result.returncode == 1
-    assert "done: 1 rows" in result.stderr
-    assert "1 damaged places in the input could not be read" in result.stderr
+    assert "done: 1 row " in result.stderr
+    assert "1 damaged place in the input could not be read" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_what_a_console_cannot_show_is_escaped(tmp_path: Path, model: Path, cons
     done = fake("embed", path, "-m", model, "-o", tmp_path / "out", "--id-column", "id", "--keep-columns", "text",
                 PYTHONIOENCODING=console)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "done: 1 rows" in done.stderr
+    assert "done: 1 row " in done.stderr
     found = fake("search", tmp_path / "out", "猫", PYTHONIOENCODING=console)
     assert (found.returncode, "\\u732b" in found.stdout) == (0, True), found.stderr
     as_json = fake("search", tmp_path / "out", "猫", "--json", PYTHONIOENCODING=console)

@@ -56,7 +56,7 @@ def test_quotes_of_a_tsv_are_told_and_read_on_request(tmp_path: Path) -> None:
     [
         ('id,text\n1,a\n2,"b\n3,c\n', 3, "the quote that opens in line 3 is never closed: lines 3 to 4 are not read"),
         ('id,text\n1,a\n"2\n\n",b\n"x\n",",c\n4,d', 6, "the quote that opens in line 7 is never closed: lines 6 to 8"),
-        ('id,text\n1,"a ""b"" \n', 2, "the quote that opens in line 2 is never closed: lines 2 to 2"),
+        ('id,text\n1,"a ""b"" \n', 2, "the quote that opens in line 2 is never closed: line 2 is not read"),
     ],
 )
 def test_a_quote_that_is_never_closed_is_named_by_its_line(tmp_path: Path, content: str, line: int, told: str) -> None:

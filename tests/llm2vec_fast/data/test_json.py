@@ -12,7 +12,7 @@ import pytest
 from llm2vec_fast.data import jsonl, lines
 from llm2vec_fast.data.columns import Columns
 from llm2vec_fast.data.delimited import Csv
-from llm2vec_fast.data.inputs import find_inputs
+from llm2vec_fast.data.inputs import describe, find_inputs
 from llm2vec_fast.data.reading import rows_of
 from llm2vec_fast.data.rows import Row
 from llm2vec_fast.errors import InputError
@@ -105,6 +105,16 @@ def test_a_field_that_occurs_twice_is_named_if_it_is_asked_for(tmp_path: Path) -
     assert [row.problem for row in rows] == [None, "the row has two fields 'text'", None]
     inner = read(tmp_path / "a.jsonl", content, Columns("text", None, ("m.t",)))
     assert inner[2].problem == "the row has two fields 't'"
+
+
+def test_a_field_that_occurs_twice_inside_another_is_named(tmp_path: Path) -> None:
+    """Of the two values one would be kept or written again, and the other lost."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "meta": [{"q": 1, "q": 2}]}\n{"text": "b", "meta": [{"q": 1}]}\n')
+    told = ["the row has two fields 'q'", None]
+    assert [row.problem for row in read(path, path.read_text(), Columns(keep=("meta",)))] == told
+    assert [row.problem for row in rows_of(describe(path), [], Csv(), whole=True)] == told
+    assert [row.problem for row in read(path, path.read_text())] == [None, None]
 
 
 def test_a_field_may_be_rare(tmp_path: Path) -> None:

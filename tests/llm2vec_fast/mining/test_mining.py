@@ -350,6 +350,28 @@ def test_rows_left_out_are_said_and_listed(run, rows, tmp_path: Path) -> None:
     assert listed == [1, 2, 3]
 
 
+def test_rows_left_out_are_listed_in_order_and_never_those_of_an_earlier_run(run, rows, tmp_path: Path) -> None:
+    listing = tmp_path / "out.jsonl.errors.jsonl"
+    lines = [json.dumps(row) for row in ({"query": None, "positive": "b"}, *rows)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join([lines[0], "", lines[0], *lines[1:]]))
+    run([])
+    assert [row["line"] for row in read(listing)] == [1, 2, 3]
+    (tmp_path / "out.jsonl").unlink()
+    (tmp_path / "pairs.jsonl").unlink()
+    run(rows)
+    assert not listing.exists()
+
+
+def test_pairs_may_be_a_parquet_file_of_a_name_that_is_not_utf8(run, rows, tmp_path: Path) -> None:
+    run(rows)
+    name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet"))
+    with open(name, "wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    settings = MiningSettings(EmbedSettings(str(tmp_path / "model"), rows_per_shard=10, device="cpu"))
+    mine([str(name)], tmp_path / "other.jsonl", settings, load=lambda settings: FakeEncoder())
+    assert (tmp_path / "other.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
 def test_pairs_and_documents_may_be_folders_of_any_format(run, rows, tmp_path: Path, model: Path) -> None:
     run(rows, share=1.0, corpora=[])
     (tmp_path / "in").mkdir()

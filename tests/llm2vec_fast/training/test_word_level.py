@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
 from reference_data import FOLDER, assert_matches
 from safetensors.torch import load_file
 
@@ -191,6 +194,15 @@ def test_tables_and_columns_hold_the_same_sentences(columns: str, tmp_path: Path
     assert read_sentences([columns], "0", "1")[0].labels == [str(len(word)) for word in expected[0].words]
 
 
+def test_the_home_folder_may_be_a_tilde(
+    arguments: Callable[..., WordLevelArguments], columns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(columns).rename(tmp_path / "words.conll")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = train_word_level(arguments(train_file=["~/words.conll"], max_steps=1, save_strategy="no"))
+    assert result.global_step == 1
+
+
 def test_texts_are_not_taken_for_labelled_words(tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("the cat sat\nrain fell over old stone walls\n")
@@ -243,6 +255,22 @@ def test_a_row_without_a_label_a_word_is_named(tmp_path: Path) -> None:
         read_sentences([str(path)], "tokens", "tags")
     with pytest.raises(UserError, match=r"has no column 'ner' .label_column.: its columns are 'tokens', 'tags'"):
         read_sentences([str(path)], "tokens", "ner")
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_number_that_stands_for_no_class_is_named(tmp_path: Path, number: int) -> None:
+    tags = List(ClassLabel(names=["DT", "NN"]))
+    rows = Dataset.from_dict(
+        {"tokens": [["a", "cat"], ["the"]], "tags": [[0, 1], [0]]},
+        Features({"tokens": List(Value("string")), "tags": tags}),
+    )
+    path = tmp_path / "words.parquet"
+    rows.to_parquet(str(path))
+    assert read_sentences([str(path)], "tokens", "tags")[0].labels == ["DT", "NN"]
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(1, table.schema.field(1), pa.array([[0, 1], [number]])), path)
+    with pytest.raises(UserError, match=r"row 2 of .* has a label that is none of the 2 of its column"):
+        read_sentences([str(path)], "tokens", "tags")
 
 
 @pytest.mark.parametrize(
