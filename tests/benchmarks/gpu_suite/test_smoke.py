@@ -6,29 +6,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[3]
 FIGURES = ("ms", "rate", "of peak", "peak extra MiB")
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """The finished run and the JSON it wrote."""
-    path = tmp_path_factory.mktemp("gpu") / "smoke.json"
+def test_the_suite_runs_from_end_to_end(tmp_path):
+    """One test: a run takes longer than all that is looked at."""
+    path = tmp_path / "smoke.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "benchmarks/gpu_suite.py", "--smoke", "--output", str(path)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    return run, json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    assert_every_section_runs_or_says_what_is_missing(run, found)
+    assert_outputs_and_gradients_were_compared_and_right(found)
+    assert_no_time_of_a_cpu_is_given_as_one_of_a_gpu(run, found)
 
 
 def _rows(found):
     return [row for section in found["sections"].values() for row in section["rows"]]
 
 
-def test_every_section_runs_or_says_what_is_missing(smoke):
-    run, found = smoke
+def assert_every_section_runs_or_says_what_is_missing(run, found):
     assert run.returncode == 0, run.stdout + run.stderr
     for name, section in found["sections"].items():
         assert section["status"] in ("done", "not available"), (name, section)
@@ -37,19 +36,18 @@ def test_every_section_runs_or_says_what_is_missing(smoke):
         assert found["sections"][name]["status"] == "done"
 
 
-def test_outputs_and_gradients_were_compared_and_right(smoke):
-    rows = _rows(smoke[1])
+def assert_outputs_and_gradients_were_compared_and_right(found):
+    rows = _rows(found)
     assert not [row for row in rows if row.get("verdict") in ("wrong", "failed", "cut off", "out of memory")]
     right = {(row["contender"], row.get("pass")) for row in rows if row.get("verdict") == "right"}
     for contender in ("ours, Triton", "SDPA, padded", "SDPA a sequence"):
         assert {(contender, "forward"), (contender, "backward")} <= right
-    tests = smoke[1]["sections"]["kernel_tests"]["rows"][-1]
+    tests = found["sections"]["kernel_tests"]["rows"][-1]
     assert tests["verdict"] == "right"
     assert tests["counts"]["passed"] > 0
 
 
-def test_no_time_of_a_cpu_is_given_as_one_of_a_gpu(smoke):
-    run, found = smoke
+def assert_no_time_of_a_cpu_is_given_as_one_of_a_gpu(run, found):
     assert found["smoke"] is True
     for text in (found["note"], run.stdout):
         assert "it holds no time" in text
