@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional
+from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional, require_packed_attention
 from .engine.describe import describe
 from .engine.locks import ModelLock, lock_of
 from .engine.network import Network, device_of, hidden_states, pooled
@@ -31,13 +30,13 @@ from .engine.request import (
     one_of,
 )
 from .engine.stream import Task, encode_pairs, progress
-from .errors import UserError
+from .features import left_padded, unpacked
 from .kernels.layout import SequenceLayout
 from .kernels.pooling import POOLING_MODES
-from .loading import CAUSAL, ENCODER_SETTINGS, SETTINGS_FILE, load, placement
+from .loading import CAUSAL, ENCODER_SETTINGS, load, placement
 from .precision import choose_dtype
 from .prompts import CHECKPOINTS, as_pairs, find_template
-from .saving import OLD_FILES, keep_published_name, merge, write_json, write_model, written_beside, written_settings
+from .saving import OLD_FILES, merge, write_encoder, written_beside
 from .tokenization import TextTokenizer, check_room
 
 
@@ -213,7 +212,8 @@ class LLM2Vec(nn.Module):
             (N, d), float32.
         """
         if isinstance(input_ids, Mapping):
-            input_ids, layout, skip = self._unpack(input_ids)
+            input_ids, layout, skip = unpacked(input_ids)
+            skip = skip if self.skip_instruction else None
         elif layout is None:
             layout = SequenceLayout.from_shape(*input_ids.shape, device=input_ids.device)
         return self.pool(self.hidden_states(input_ids, layout), layout, skip)
@@ -250,20 +250,9 @@ class LLM2Vec(nn.Module):
         pairs = as_pairs(texts)
         tokens = self.text_tokenizer()(pairs)
         check_room(tokens, pairs, 0, self.max_length)
-        lengths = tokens.lengths
-        width = int(lengths.max(initial=0))
         rows = decoder_of(self.model).get_input_embeddings().weight.shape[0]
         marks = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        mark = next(mark for mark in marks if mark is not None and mark < rows)  # a pad token may have been added
-        ids = np.full((len(lengths), width), mark, dtype=np.int64)
-        for row, text in zip(ids, tokens.ids, strict=True):
-            row[width - len(text) :] = text
-        column = np.arange(width)
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy((column >= (width - lengths)[:, None]).astype(np.int64)),
-            "embed_mask": torch.from_numpy((column >= (width - lengths + tokens.skip)[:, None]).astype(np.int64)),
-        }
+        return left_padded(tokens, next(mark for mark in marks if mark is not None and mark < rows))  # one may be added
 
     def encode(
         self,
@@ -368,12 +357,7 @@ class LLM2Vec(nn.Module):
 
     def _current_replica(self) -> Replica:
         """What `encode` runs, made at the first call and again where the model is no longer what it was."""
-        decoder = decoder_of(self.model)
-        if decoder.config._attn_implementation != ATTENTION_NAME:  # another would look across the texts of a batch
-            raise UserError(
-                f"{type(decoder).__name__} no longer runs this library's attention but "
-                f"{decoder.config._attn_implementation!r}: call make_bidirectional(model) again"
-            )
+        require_packed_attention(self.model)
         with self._lock.making:
             replica = self._replica
             if replica is None or not replica.is_current(self.model, self.accelerate):
@@ -402,16 +386,9 @@ class LLM2Vec(nn.Module):
             with self._lock.change("save()"):
                 self.model = merge(self.model)
         with self._lock.use(), written_beside(output_path, OLD_FILES) as folder:
-            write_model(self.model, folder)
-            tokenizer = copy.copy(self.tokenizer)
-            tokenizer.chat_template = None  # sentence-transformers would wrap every text in it; an encoder never chats
-            tokenizer.save_pretrained(folder)
+            settings = {name: getattr(self, name) for name in ENCODER_SETTINGS}
             published = self.checkpoint if self.checkpoint in CHECKPOINTS else None
-            if published is not None:
-                keep_published_name(folder, published)
-            if save_config:
-                settings = {name: getattr(self, name) for name in ENCODER_SETTINGS}
-                write_json(folder / SETTINGS_FILE, written_settings(settings, self.model, published))
+            write_encoder(folder, self.model, self.tokenizer, published, settings if save_config else None)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
@@ -422,14 +399,3 @@ class LLM2Vec(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """See transformers."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def _unpack(self, features: Mapping[str, Tensor]) -> tuple[Tensor, SequenceLayout, Tensor | None]:
-        ids, mask, embed_mask = (features.get(name) for name in ("input_ids", "attention_mask", "embed_mask"))
-        layout = (
-            SequenceLayout.from_shape(*ids.shape, device=ids.device)
-            if mask is None
-            else SequenceLayout.from_attention_mask(mask)
-        )
-        if embed_mask is None or not self.skip_instruction:
-            return ids, layout, None
-        return ids, layout, layout.lengths - embed_mask.sum(1)
