@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from llm2vec_fast.errors import ModelLoadError
 
 from .adapters import merged, put_on
+from .configuration import read_config
 from .devices import refuse_weights_elsewhere
 from .files import ADAPTER_CONFIG, CONFIG, SETTINGS_FILE, Source, one_line
 from .gguf import GgufContent, gguf_arguments, weights_dequantised
@@ -116,7 +117,7 @@ def _read_folder(source: Source, kind: type, kwargs: dict[str, Any]) -> tuple[Pr
     kept = {name: options.pop(name) for name in ("dtype", "quantization_config") if name in options}
     config = options.pop("config", None)
     if config is None:
-        config, options = AutoConfig.from_pretrained(source.place, return_unused_kwargs=True, **code, **options)
+        config, options = read_config(source, **code, **options)
     # Our attention takes its place later. What a file names here may be machine code to fetch from a hub.
     config._attn_implementation = "eager"
     if getattr(config, "_experts_implementation", None) is not None:
