@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +17,7 @@ from .engine.describe import describe
 from .engine.locks import ModelLock, lock_of
 from .engine.network import Network, device_of, hidden_states, pooled
 from .engine.plan import default_token_budget
+from .engine.prepare import prepare
 from .engine.replica import Replica
 from .engine.request import (
     OnBatch,
@@ -28,16 +28,18 @@ from .engine.request import (
     checked_device,
     checked_width,
     one_of,
+    warn_of_batch_size,
 )
 from .engine.stream import Task, encode_pairs, progress
 from .features import left_padded, unpacked
 from .kernels.layout import SequenceLayout
 from .kernels.pooling import POOLING_MODES
 from .loading import CAUSAL, ENCODER_SETTINGS, load, placement
+from .positions import within_positions
 from .precision import choose_dtype
 from .prompts import CHECKPOINTS, as_pairs, find_template
 from .saving import OLD_FILES, merge, write_encoder, written_beside
-from .tokenization import TextTokenizer, check_room
+from .tokenization import TextTokenizer
 
 
 class LLM2Vec(nn.Module):
@@ -48,7 +50,8 @@ class LLM2Vec(nn.Module):
             states (``is_causal``); call `make_bidirectional` first, or use `from_pretrained`.
         tokenizer: its fast tokenizer. A padding token is not needed.
         pooling_mode: "mean", "weighted_mean", "eos_token", "last_token" or "bos_token".
-        max_length: tokens of a text, prompt included; what is beyond is cut.
+        max_length: tokens of a text, prompt included; what is beyond is cut. A model with a table of fewer positions
+            (GPT-2, OPT) cuts there, with a warning.
         doc_max_length: tokens of a text without its prompt; words beyond are dropped.
         skip_instruction: leave the prompt's tokens (instruction, chat opening, and the begin token before them) out of
             the pooling. A text without a prompt is pooled whole. "bos_token" pools the first token in any case.
@@ -236,7 +239,8 @@ class LLM2Vec(nn.Module):
             self.tokenizer.eos_token,
             lambda token: backend.token_to_id(token) is not None,
         )
-        return TextTokenizer(self.tokenizer, template, self.max_length, self.doc_max_length)
+        max_length = within_positions(self.model, self.max_length)
+        return TextTokenizer(self.tokenizer, template, max_length, self.doc_max_length)
 
     def tokenize(self, texts: Sequence[str | Sequence[str]]) -> dict[str, Tensor]:
         """Left-padded ids of strings or [instruction, text] pairs, for `forward`.
@@ -247,9 +251,7 @@ class LLM2Vec(nn.Module):
         Raises:
             UserError: an instruction fills all of ``max_length``.
         """
-        pairs = as_pairs(texts)
-        tokens = self.text_tokenizer()(pairs)
-        check_room(tokens, pairs, 0, self.max_length)
+        tokens = prepare(self.text_tokenizer(), as_pairs(texts), 0, offsets=False, skip_prompt=True)
         rows = decoder_of(self.model).get_input_embeddings().weight.shape[0]
         marks = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return left_padded(tokens, next(mark for mark in marks if mark is not None and mark < rows))  # one may be added
@@ -323,11 +325,7 @@ class LLM2Vec(nn.Module):
             as_arrays=convert_to_numpy or not convert_to_tensor,
         )
         if batch_size is not None:
-            warnings.warn(
-                f"batch_size={batch_size} is not used: batches are made of token_budget={request.token_budget} tokens,"
-                " pass a smaller one to save memory",
-                stacklevel=2,
-            )
+            warn_of_batch_size(batch_size, request.token_budget)
         with self._lock.use(), progress(len(pairs), show_progress_bar, on_batch) as report:
             replica = self._current_replica()
             with self._lock.one_at_a_time if replica.offloaded else nullcontext():
