@@ -99,7 +99,9 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: pass a PreTrainedModel")
+        inner = next((name for name in ("_orig_mod", "module") if hasattr(model, name)), None)
+        what = f"the model that it wraps, its .{inner}" if inner else "a PreTrainedModel"
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: pass {what}")
     return model.get_decoder()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional, require_packed_attention
+from .engine.cores import usable_threads
 from .engine.describe import describe
 from .engine.locks import ModelLock, lock_of
 from .engine.network import Network, device_of, hidden_states, pooled
@@ -31,7 +32,7 @@ from .engine.request import (
     warn_of_batch_size,
 )
 from .engine.stream import Task, encode_pairs, progress
-from .features import left_padded, unpacked
+from .features import left_padded, padding_token, unpacked
 from .kernels.layout import SequenceLayout
 from .kernels.pooling import POOLING_MODES
 from .loading import CAUSAL, ENCODER_SETTINGS, load, placement
@@ -39,7 +40,7 @@ from .positions import within_positions
 from .precision import choose_dtype
 from .prompts import CHECKPOINTS, as_pairs, find_template
 from .saving import OLD_FILES, merge, write_encoder, written_beside
-from .tokenization import TextTokenizer
+from .tokenization import TextTokenizer, backend_of
 
 
 class LLM2Vec(nn.Module):
@@ -74,10 +75,10 @@ class LLM2Vec(nn.Module):
         accelerate: bool = True,
     ) -> None:
         super().__init__()
+        config = decoder_of(model).config
         self.training = model.training
         if pooling_mode not in POOLING_MODES:
             raise ValueError(f"pooling_mode={pooling_mode!r} is unknown: choose one of {', '.join(POOLING_MODES)}")
-        config = decoder_of(model).config
         if config._attn_implementation != ATTENTION_NAME:  # any other would look across the texts of a packed batch
             make_bidirectional(model, enabled=not getattr(config, "is_causal", True))
         self.model = model
@@ -231,7 +232,7 @@ class LLM2Vec(nn.Module):
 
     def text_tokenizer(self) -> TextTokenizer:
         """What turns (instruction, text) pairs into ids, by the settings as they are now."""
-        backend = self.tokenizer.backend_tokenizer
+        backend = backend_of(self.tokenizer)
         template = find_template(
             self.checkpoint,
             self.config.model_type,
@@ -252,9 +253,7 @@ class LLM2Vec(nn.Module):
             UserError: an instruction fills all of ``max_length``.
         """
         tokens = prepare(self.text_tokenizer(), as_pairs(texts), 0, offsets=False, skip_prompt=True)
-        rows = decoder_of(self.model).get_input_embeddings().weight.shape[0]
-        marks = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return left_padded(tokens, next(mark for mark in marks if mark is not None and mark < rows))  # one may be added
+        return left_padded(tokens, padding_token(self.tokenizer, decoder_of(self.model)))
 
     def encode(
         self,
@@ -279,7 +278,7 @@ class LLM2Vec(nn.Module):
         Any number of threads may call this on one encoder. It computes without dropout and without gradients whatever
         mode the model is in, and changes neither that nor anything else of the model: a model in training goes on as
         before. Changes of the encoder (`to`, a merging `save`) wait for calls that have begun. Where memory runs out on
-        a forward pass, its texts go in smaller ones.
+        a forward pass, its texts go in smaller ones. In a forked process it sets PyTorch to one thread.
 
         Args:
             sentences: a text, texts, or [instruction, text] pairs.
@@ -326,10 +325,11 @@ class LLM2Vec(nn.Module):
         )
         if batch_size is not None:
             warn_of_batch_size(batch_size, request.token_budget)
+        threads = usable_threads()
         with self._lock.use(), progress(len(pairs), show_progress_bar, on_batch) as report:
             replica = self._current_replica()
             with self._lock.one_at_a_time if replica.offloaded else nullcontext():
-                rows = encode_pairs(self._task(replica, request, report), pairs, on_problem)
+                rows = encode_pairs(self._task(replica, request, report, threads), pairs, on_problem)
         results = as_asked(rows, request)
         return results[0] if single else results
 
@@ -347,10 +347,10 @@ class LLM2Vec(nn.Module):
         if wanted.type != self.device.type or wanted.index not in (None, self.device.index):
             self.to(wanted)
 
-    def _task(self, replica: Replica, request: Request, on_batch: OnBatch) -> Task:
+    def _task(self, replica: Replica, request: Request, on_batch: OnBatch, threads: int) -> Task:
         """All that a call needs, as it is now: what other threads set meanwhile does not reach in."""
         network = Network(replica.model, self.model, self.pooling_mode)
-        cores = torch.get_num_threads() if self.device.type == "cpu" and not replica.offloaded else 1
+        cores = threads if self.device.type == "cpu" and not replica.offloaded else 1
         return Task(network, self.text_tokenizer(), request, on_batch, self.tokenizer.convert_ids_to_tokens, cores)
 
     def _current_replica(self) -> Replica:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .kernels.layout import SequenceLayout
 from .tokenization import TokenizedTexts
@@ -25,6 +26,13 @@ def left_padded(tokens: TokenizedTexts, pad: int) -> dict[str, Tensor]:
         "attention_mask": torch.from_numpy((column >= first).astype(np.int64)),
         "embed_mask": torch.from_numpy((column >= first + tokens.skip[:, None]).astype(np.int64)),
     }
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, decoder: PreTrainedModel) -> int:
+    """A token that the decoder's embedding has a row for; a pad token may have been added without one."""
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    marks = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(mark for mark in marks if mark is not None and mark < rows)
 
 
 def unpacked(features: Mapping[str, Tensor]) -> tuple[Tensor, SequenceLayout, Tensor | None]:

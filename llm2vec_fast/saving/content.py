@@ -86,6 +86,9 @@ def write_model(model: nn.Module, folder: Path) -> None:
     Raises:
         SaveError: what would be loaded from the folder is something else than this model.
     """
+    away = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if away is not None:
+        raise SaveError(f"{away} is on no device (meta, or left on disk), so there is nothing to write: load it whole")
     if not _adapted(model):
         if isinstance(model, PeftModel):
             raise SaveError(f"an adapter of type {model.active_peft_config.peft_type.value} cannot be saved here")

@@ -243,3 +243,26 @@ def test_saving_into_a_folder_needs_no_other_thread(tmp_path: Path):
     encoder.encode(TEXTS)
     encoder.save(tmp_path / "saved", merge_before_save=True)
     assert (tmp_path / "saved" / "config.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_encodes(threads, expected):
+    """As a worker of multiprocessing does on Linux, with the encoder of its parent, whose threads it does not have."""
+    threads(2)
+    encoder = load()
+    encoder.encode(TEXTS)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if same(encoder.encode(TEXTS), expected) and torch.get_num_threads() == 1 else 1)
+    for _ in range(300):
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert found == child
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert torch.get_num_threads() == 2
