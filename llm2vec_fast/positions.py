@@ -17,7 +17,12 @@ def within_positions(model: nn.Module, max_length: int) -> int:
     """
     decoder = decoder_of(model)
     positions = getattr(decoder.config, "max_position_embeddings", None)
-    if positions is None or max_length <= positions or positions not in _tables(decoder):
+    if (
+        positions is None
+        or not isinstance(max_length, int)
+        or max_length <= positions
+        or positions not in _tables(decoder)
+    ):
         return max_length
     warnings.warn(
         f"max_length={max_length} is beyond the {positions} positions that {type(decoder).__name__} has: texts are cut "

@@ -142,6 +142,17 @@ def test_settings_that_make_no_sense_are_refused_at_once(settings):
         load(**settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("pooling_mode", "cls", "pooling_mode='cls' is unknown: choose"), ("max_length", "12", "max_length='12' is not")],
+)
+def test_settings_that_are_changed_to_nonsense_are_refused(name, value, message):
+    encoder = load()
+    setattr(encoder, name, value)
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(TEXTS)
+
+
 def test_token_embeddings_average_to_the_embedding(encoder):
     for inputs in INPUTS.values():
         rows = encoder.encode(inputs)
