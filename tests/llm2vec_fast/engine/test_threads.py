@@ -50,6 +50,17 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return float(cosine_similarity(ours.double(), theirs.double(), dim=-1).min()) > 0.99999
 
 
+def exit_code(child: int) -> int:
+    """Of a forked process, which is ended where it hangs."""
+    for _ in range(300):
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, 9)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
 def test_the_first_calls_come_from_many_threads(mode, expected, monkeypatch):
     """Nothing has warmed the encoder up: it is made ready, once, while all of them wait for it."""
@@ -227,15 +238,7 @@ def test_a_forked_process_has_cores_and_locks_of_its_own():
             with lock_of(decoder_of(encoder.model)).change("to()"):
                 os._exit(0 if list(each_on_a_core(str, range(3), 2)) == ["0", "1", "2"] else 1)
         release.set()
-    for _ in range(300):
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(child, 9)
-    assert found == child
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert exit_code(child) == 0
 
 
 def test_saving_into_a_folder_needs_no_other_thread(tmp_path: Path):
@@ -255,14 +258,5 @@ def test_a_forked_process_encodes(threads, expected):
     child = os.fork()
     if child == 0:
         os._exit(0 if same(encoder.encode(TEXTS), expected) and torch.get_num_threads() == 1 else 1)
-    for _ in range(300):
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert found == child
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert exit_code(child) == 0
     assert torch.get_num_threads() == 2
