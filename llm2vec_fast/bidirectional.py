@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, UserError
 from .kernels import attention
 from .kernels.layout import SequenceLayout
 from .kinds import WatchedLayout, check_by_trial, check_stated
@@ -99,8 +99,24 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: pass a PreTrainedModel")
+        inner = next((name for name in ("_orig_mod", "module") if hasattr(model, name)), None)
+        what = f"the model that it wraps, its .{inner}" if inner else "a PreTrainedModel"
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model: pass {what}")
     return model.get_decoder()
+
+
+def require_packed_attention(model: nn.Module) -> None:
+    """Refuse a decoder whose attention was changed since: another would look across the texts of a packed batch.
+
+    Raises:
+        UserError: the message names the attention that it runs.
+    """
+    decoder = decoder_of(model)
+    if decoder.config._attn_implementation != ATTENTION_NAME:
+        raise UserError(
+            f"{type(decoder).__name__} no longer runs this library's attention but "
+            f"{decoder.config._attn_implementation!r}: call make_bidirectional(model) again"
+        )
 
 
 def _prepare_inputs(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

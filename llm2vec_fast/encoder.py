@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional
+from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional, require_packed_attention
+from .engine.cores import usable_threads
 from .engine.describe import describe
 from .engine.locks import ModelLock, lock_of
 from .engine.network import Network, device_of, hidden_states, pooled
 from .engine.plan import default_token_budget
+from .engine.prepare import prepare
 from .engine.replica import Replica
 from .engine.request import (
     OnBatch,
@@ -29,16 +29,18 @@ from .engine.request import (
     checked_device,
     checked_width,
     one_of,
+    warn_of_batch_size,
 )
 from .engine.stream import Task, encode_pairs, progress
-from .errors import UserError
+from .features import left_padded, padding_token, unpacked
 from .kernels.layout import SequenceLayout
 from .kernels.pooling import POOLING_MODES
-from .loading import CAUSAL, ENCODER_SETTINGS, SETTINGS_FILE, load, placement
+from .loading import CAUSAL, ENCODER_SETTINGS, load, placement
+from .positions import within_positions
 from .precision import choose_dtype
 from .prompts import CHECKPOINTS, as_pairs, find_template
-from .saving import OLD_FILES, keep_published_name, merge, write_json, write_model, written_beside, written_settings
-from .tokenization import TextTokenizer, check_room
+from .saving import OLD_FILES, merge, write_encoder, written_beside
+from .tokenization import TextTokenizer, backend_of
 
 
 class LLM2Vec(nn.Module):
@@ -49,7 +51,8 @@ class LLM2Vec(nn.Module):
             states (``is_causal``); call `make_bidirectional` first, or use `from_pretrained`.
         tokenizer: its fast tokenizer. A padding token is not needed.
         pooling_mode: "mean", "weighted_mean", "eos_token", "last_token" or "bos_token".
-        max_length: tokens of a text, prompt included; what is beyond is cut.
+        max_length: tokens of a text, prompt included; what is beyond is cut. A model with a table of fewer positions
+            (GPT-2, OPT) cuts there, with a warning.
         doc_max_length: tokens of a text without its prompt; words beyond are dropped.
         skip_instruction: leave the prompt's tokens (instruction, chat opening, and the begin token before them) out of
             the pooling. A text without a prompt is pooled whole. "bos_token" pools the first token in any case.
@@ -72,10 +75,10 @@ class LLM2Vec(nn.Module):
         accelerate: bool = True,
     ) -> None:
         super().__init__()
+        config = decoder_of(model).config
         self.training = model.training
         if pooling_mode not in POOLING_MODES:
             raise ValueError(f"pooling_mode={pooling_mode!r} is unknown: choose one of {', '.join(POOLING_MODES)}")
-        config = decoder_of(model).config
         if config._attn_implementation != ATTENTION_NAME:  # any other would look across the texts of a packed batch
             make_bidirectional(model, enabled=not getattr(config, "is_causal", True))
         self.model = model
@@ -213,7 +216,8 @@ class LLM2Vec(nn.Module):
             (N, d), float32.
         """
         if isinstance(input_ids, Mapping):
-            input_ids, layout, skip = self._unpack(input_ids)
+            input_ids, layout, skip = unpacked(input_ids)
+            skip = skip if self.skip_instruction else None
         elif layout is None:
             layout = SequenceLayout.from_shape(*input_ids.shape, device=input_ids.device)
         return self.pool(self.hidden_states(input_ids, layout), layout, skip)
@@ -228,7 +232,7 @@ class LLM2Vec(nn.Module):
 
     def text_tokenizer(self) -> TextTokenizer:
         """What turns (instruction, text) pairs into ids, by the settings as they are now."""
-        backend = self.tokenizer.backend_tokenizer
+        backend = backend_of(self.tokenizer)
         template = find_template(
             self.checkpoint,
             self.config.model_type,
@@ -236,7 +240,8 @@ class LLM2Vec(nn.Module):
             self.tokenizer.eos_token,
             lambda token: backend.token_to_id(token) is not None,
         )
-        return TextTokenizer(self.tokenizer, template, self.max_length, self.doc_max_length)
+        max_length = within_positions(self.model, self.max_length)
+        return TextTokenizer(self.tokenizer, template, max_length, self.doc_max_length)
 
     def tokenize(self, texts: Sequence[str | Sequence[str]]) -> dict[str, Tensor]:
         """Left-padded ids of strings or [instruction, text] pairs, for `forward`.
@@ -247,23 +252,8 @@ class LLM2Vec(nn.Module):
         Raises:
             UserError: an instruction fills all of ``max_length``.
         """
-        pairs = as_pairs(texts)
-        tokens = self.text_tokenizer()(pairs)
-        check_room(tokens, pairs, 0, self.max_length)
-        lengths = tokens.lengths
-        width = int(lengths.max(initial=0))
-        rows = decoder_of(self.model).get_input_embeddings().weight.shape[0]
-        marks = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        mark = next(mark for mark in marks if mark is not None and mark < rows)  # a pad token may have been added
-        ids = np.full((len(lengths), width), mark, dtype=np.int64)
-        for row, text in zip(ids, tokens.ids, strict=True):
-            row[width - len(text) :] = text
-        column = np.arange(width)
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy((column >= (width - lengths)[:, None]).astype(np.int64)),
-            "embed_mask": torch.from_numpy((column >= (width - lengths + tokens.skip)[:, None]).astype(np.int64)),
-        }
+        tokens = prepare(self.text_tokenizer(), as_pairs(texts), 0, offsets=False, skip_prompt=True)
+        return left_padded(tokens, padding_token(self.tokenizer, decoder_of(self.model)))
 
     def encode(
         self,
@@ -288,7 +278,7 @@ class LLM2Vec(nn.Module):
         Any number of threads may call this on one encoder. It computes without dropout and without gradients whatever
         mode the model is in, and changes neither that nor anything else of the model: a model in training goes on as
         before. Changes of the encoder (`to`, a merging `save`) wait for calls that have begun. Where memory runs out on
-        a forward pass, its texts go in smaller ones.
+        a forward pass, its texts go in smaller ones. In a forked process it sets PyTorch to one thread.
 
         Args:
             sentences: a text, texts, or [instruction, text] pairs.
@@ -334,15 +324,12 @@ class LLM2Vec(nn.Module):
             as_arrays=convert_to_numpy or not convert_to_tensor,
         )
         if batch_size is not None:
-            warnings.warn(
-                f"batch_size={batch_size} is not used: batches are made of token_budget={request.token_budget} tokens,"
-                " pass a smaller one to save memory",
-                stacklevel=2,
-            )
+            warn_of_batch_size(batch_size, request.token_budget)
+        threads = usable_threads()
         with self._lock.use(), progress(len(pairs), show_progress_bar, on_batch) as report:
             replica = self._current_replica()
             with self._lock.one_at_a_time if replica.offloaded else nullcontext():
-                rows = encode_pairs(self._task(replica, request, report), pairs, on_problem)
+                rows = encode_pairs(self._task(replica, request, report, threads), pairs, on_problem)
         results = as_asked(rows, request)
         return results[0] if single else results
 
@@ -360,20 +347,15 @@ class LLM2Vec(nn.Module):
         if wanted.type != self.device.type or wanted.index not in (None, self.device.index):
             self.to(wanted)
 
-    def _task(self, replica: Replica, request: Request, on_batch: OnBatch) -> Task:
+    def _task(self, replica: Replica, request: Request, on_batch: OnBatch, threads: int) -> Task:
         """All that a call needs, as it is now: what other threads set meanwhile does not reach in."""
         network = Network(replica.model, self.model, self.pooling_mode)
-        cores = torch.get_num_threads() if self.device.type == "cpu" and not replica.offloaded else 1
+        cores = threads if self.device.type == "cpu" and not replica.offloaded else 1
         return Task(network, self.text_tokenizer(), request, on_batch, self.tokenizer.convert_ids_to_tokens, cores)
 
     def _current_replica(self) -> Replica:
         """What `encode` runs, made at the first call and again where the model is no longer what it was."""
-        decoder = decoder_of(self.model)
-        if decoder.config._attn_implementation != ATTENTION_NAME:  # another would look across the texts of a batch
-            raise UserError(
-                f"{type(decoder).__name__} no longer runs this library's attention but "
-                f"{decoder.config._attn_implementation!r}: call make_bidirectional(model) again"
-            )
+        require_packed_attention(self.model)
         with self._lock.making:
             replica = self._replica
             if replica is None or not replica.is_current(self.model, self.accelerate):
@@ -402,16 +384,9 @@ class LLM2Vec(nn.Module):
             with self._lock.change("save()"):
                 self.model = merge(self.model)
         with self._lock.use(), written_beside(output_path, OLD_FILES) as folder:
-            write_model(self.model, folder)
-            tokenizer = copy.copy(self.tokenizer)
-            tokenizer.chat_template = None  # sentence-transformers would wrap every text in it; an encoder never chats
-            tokenizer.save_pretrained(folder)
+            settings = {name: getattr(self, name) for name in ENCODER_SETTINGS}
             published = self.checkpoint if self.checkpoint in CHECKPOINTS else None
-            if published is not None:
-                keep_published_name(folder, published)
-            if save_config:
-                settings = {name: getattr(self, name) for name in ENCODER_SETTINGS}
-                write_json(folder / SETTINGS_FILE, written_settings(settings, self.model, published))
+            write_encoder(folder, self.model, self.tokenizer, published, settings if save_config else None)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
@@ -422,14 +397,3 @@ class LLM2Vec(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """See transformers."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def _unpack(self, features: Mapping[str, Tensor]) -> tuple[Tensor, SequenceLayout, Tensor | None]:
-        ids, mask, embed_mask = (features.get(name) for name in ("input_ids", "attention_mask", "embed_mask"))
-        layout = (
-            SequenceLayout.from_shape(*ids.shape, device=ids.device)
-            if mask is None
-            else SequenceLayout.from_attention_mask(mask)
-        )
-        if embed_mask is None or not self.skip_instruction:
-            return ids, layout, None
-        return ids, layout, layout.lengths - embed_mask.sum(1)

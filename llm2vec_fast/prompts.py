@@ -11,7 +11,7 @@ in the joined string: a prompt tokenised alone may have other tokens than the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 # Checkpoints trained with a chat turn around each text, by the name their configuration carries.
@@ -84,9 +84,12 @@ def as_pairs(sentences: Sequence[str | Sequence[str]], instruction: str | None =
     """Strings and [instruction, text] pairs as (instruction, text) pairs; ``instruction`` goes with every string.
 
     Raises:
-        TypeError: an item is neither a string nor a pair of strings; the message names its position.
+        TypeError: an item is neither a string nor a pair of strings; the message names its position. Or they have no
+            order, or are the keys of a mapping.
         ValueError: ``instruction`` was given and an item brings its own.
     """
+    if isinstance(sentences, (Mapping, Set)):
+        raise TypeError(f"sentences is a {type(sentences).__name__}, not a list of texts: pass them in an order")
     pairs = []
     for position, item in enumerate(sentences):
         if isinstance(item, str):

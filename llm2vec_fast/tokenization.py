@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .errors import ModelLoadError, UserError
@@ -60,11 +60,7 @@ class TextTokenizer:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int, doc_max_length: int
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise ModelLoadError(
-                f"{type(tokenizer).__name__} is a slow tokenizer without character positions: save a tokenizer.json"
-                " for this model with a fast tokenizer class"
-            )
+        backend_of(tokenizer)
         for name, value in (("max_length", max_length), ("doc_max_length", doc_max_length)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a positive number of tokens")
@@ -206,6 +202,24 @@ class TextTokenizer:
         if self.template.closing:
             last = min(last, _token_from(encoding, prompted, len(prompted.joined) - len(self.template.closing)))
         return max(0, self.max_length - (count - last)), max(last, count - self.max_length)
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The fast tokenizer's own object.
+
+    Raises:
+        ModelLoadError: it has none, with which nothing can be said of characters.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        return tokenizer.backend_tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelLoadError(
+            f"a {type(tokenizer).__name__} is no tokenizer of transformers: pass AutoTokenizer.from_pretrained(...)"
+        )
+    raise ModelLoadError(
+        f"{type(tokenizer).__name__} is a slow tokenizer without character positions: save a tokenizer.json for this "
+        "model with a fast tokenizer class"
+    )
 
 
 def check_room(tokens: TokenizedTexts, pairs: Sequence[tuple[str, str]], first: int, max_length: int) -> None:

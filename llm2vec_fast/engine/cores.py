@@ -23,6 +23,7 @@ _AHEAD = 2  # tasks a core that a call has in the queue: none idles, and another
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
+_forked = False
 
 
 def each_on_a_core(function: Callable[[Item], Result], items: Sequence[Item], cores: int) -> Iterator[Result]:
@@ -45,6 +46,17 @@ def each_on_a_core(function: Callable[[Item], Result], items: Sequence[Item], co
         for future in running:
             future.cancel()
         wait(running)
+
+
+def usable_threads() -> int:
+    """PyTorch's number of threads here, which in a forked process becomes one.
+
+    OpenMP's threads do not live on in such a process, and whatever would wait for them waits forever. So `DataLoader`
+    limits its workers, too.
+    """
+    if _forked:
+        torch.set_num_threads(1)
+    return torch.get_num_threads()
 
 
 def _pool(cores: int) -> ThreadPoolExecutor:
@@ -73,9 +85,9 @@ def _in_new_thread(function: Callable[[], Result]) -> Result:
 
 def _after_fork() -> None:
     """A child process has none of these threads."""
-    global _lock
+    global _lock, _forked
     _pools.clear()
-    _lock = threading.Lock()
+    _lock, _forked = threading.Lock(), True
 
 
 if hasattr(os, "register_at_fork"):

@@ -14,7 +14,7 @@ from ..bidirectional import decoder_of
 from ..kernels.layout import SequenceLayout
 from ..kernels.pooling import POOLING_MODES, pool
 from ..tokenization import TokenizedTexts
-from .request import Request
+from .request import Request, one_of
 from .wide import NARROW, in_float32
 
 ROW_STEP = 16  # rows of a batch on a CPU are a multiple of this
@@ -90,7 +90,8 @@ def hidden_states(model: nn.Module, input_ids: Tensor, layout: SequenceLayout) -
 
 def pooled(hidden: Tensor, layout: SequenceLayout, mode: str, skip: Tensor | None) -> Tensor:
     """Token rows (rows, d) pooled into (N, d); the first token counts even where a prompt is left out."""
-    return pool(hidden, layout, mode, None if POOLING_MODES[mode] == "first" else skip)
+    first = POOLING_MODES[one_of("pooling_mode", mode, tuple(POOLING_MODES))] == "first"  # it may be set at any time
+    return pool(hidden, layout, mode, None if first else skip)
 
 
 def spare_rows(tokens: int, device: torch.device) -> int:

@@ -35,6 +35,9 @@ class Replica:
         source: the model.
         accelerated: run fused operations.
         before: the replica that this one takes the place of; its packed weights are kept.
+
+    Raises:
+        UserError: weights have no values.
     """
 
     def __init__(self, source: nn.Module, accelerated: bool, before: Replica | None = None) -> None:
@@ -46,6 +49,8 @@ class Replica:
         self.model = self._twin(source)
         self._rebind()
         self.offloaded = any(weight.is_meta for weight in source.parameters())
+        if self.offloaded and not any(hasattr(module, "_hf_hook") for module in source.modules()):
+            raise UserError("the model's weights are on the meta device, which holds no values: load it on another one")
         self.left: dict[str, str] = {}
         if accelerated:
             self.left = accelerate(self.model, attention=False, loss=False, lora=False, owner=OWNER).left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -97,3 +98,12 @@ def as_asked(rows: Sequence[Row], request: Request) -> Tensor | np.ndarray | lis
     if request.tokens:
         return [TokenEmbeddings(wrap(row.values), wrap(row.offsets), wrap(row.ids)) for row in rows]
     return wrap(np.stack([row.values for row in rows]) if rows else np.empty((0, request.width), np.float32))
+
+
+def warn_of_batch_size(batch_size: int, token_budget: int) -> None:
+    """Tell the caller of `encode` that its batch_size, which the original has, means nothing here."""
+    warnings.warn(
+        f"batch_size={batch_size} is not used: batches are made of token_budget={token_budget} tokens, pass a smaller "
+        "one to save memory",
+        stacklevel=3,
+    )

@@ -13,6 +13,7 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SETTINGS_FILE = "llm2vec_config.json"
+MODULES = "modules.json"  # of sentence-transformers
 INDEX = "model.safetensors.index.json"
 
 # Loading reads nothing that is not named here. What is fetched from a hub and what a fingerprint covers are taken from
@@ -30,7 +31,13 @@ TOKENIZER_PATTERNS = (
     "tekken.json",
 )
 # Read, too, but of no effect on an embedding.
-INERT_PATTERNS = ("generation_config.json", "chat_template*", "processor_config.json", "preprocessor_config.json")
+INERT_PATTERNS = (
+    MODULES,
+    "generation_config.json",
+    "chat_template*",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
 LOADED_PATTERNS = (*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS, *INERT_PATTERNS)
 CODE_PATTERNS = ("*.py",)
 

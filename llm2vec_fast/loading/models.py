@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from llm2vec_fast.errors import ModelLoadError
 
 from .adapters import merged, put_on
+from .configuration import read_config
 from .devices import refuse_weights_elsewhere
-from .files import ADAPTER_CONFIG, CONFIG, SETTINGS_FILE, Source, one_line
+from .files import ADAPTER_CONFIG, CONFIG, MODULES, SETTINGS_FILE, Source, one_line
 from .gguf import GgufContent, gguf_arguments, weights_dequantised
 from .hub import HubOptions
 from .origin import Origin, remember
@@ -84,10 +86,21 @@ def load_stack(stack: Stack, *, merge: bool, dtype: torch.dtype, head: bool = Fa
         model = put_on(model, stack.adapter)
     refuse_weights_elsewhere(model, stack.named.name)
     check_vocabulary(tokenizer, model, stack.named.name)
+    _tell_of_modules(stack)
     where = f"{(stack.adapter or stack.named).name}/{SETTINGS_FILE}"
     settings = checked_settings(stack.settings(), where)
     checkpoint = settings.pop(CHECKPOINT, None) or _published_name(stack)
     return Loaded(model, tokenizer, checkpoint, settings)
+
+
+def _tell_of_modules(stack: Stack) -> None:
+    """A folder of sentence-transformers says how to pool in files that are not read here."""
+    if not stack.named.is_gguf and stack.named.file(MODULES) and not stack.settings():
+        warnings.warn(
+            f"{stack.named.name} was saved by sentence-transformers, whose settings ({MODULES}, pooling, prompts) are "
+            "not read: pass pooling_mode, max_length and enable_bidirectional as it was trained with",
+            stacklevel=2,
+        )
 
 
 def load_decoder(source: Source, kind: type = AutoModel, **kwargs: Any) -> PreTrainedModel:
@@ -116,7 +129,7 @@ def _read_folder(source: Source, kind: type, kwargs: dict[str, Any]) -> tuple[Pr
     kept = {name: options.pop(name) for name in ("dtype", "quantization_config") if name in options}
     config = options.pop("config", None)
     if config is None:
-        config, options = AutoConfig.from_pretrained(source.place, return_unused_kwargs=True, **code, **options)
+        config, options = read_config(source, **code, **options)
     # Our attention takes its place later. What a file names here may be machine code to fetch from a hub.
     config._attn_implementation = "eager"
     if getattr(config, "_experts_implementation", None) is not None:

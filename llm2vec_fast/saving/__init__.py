@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 from .base import SaveError
-from .content import OLD_FILES, keep_published_name, merge, write_model, written_settings
+from .content import OLD_FILES, merge, write_encoder
 from .folder import write_json, written_beside
 
-__all__ = [
-    "OLD_FILES",
-    "SaveError",
-    "keep_published_name",
-    "merge",
-    "write_json",
-    "write_model",
-    "written_beside",
-    "written_settings",
-]
+__all__ = ["OLD_FILES", "SaveError", "merge", "write_encoder", "write_json", "written_beside"]

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.loading import (
@@ -52,6 +53,30 @@ OLD_FILES = (
 )
 
 
+def write_encoder(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    published: str | None,
+    settings: dict[str, Any] | None,
+) -> None:
+    """Write a model, its tokenizer and its settings so that they load as they are in memory.
+
+    Args:
+        published: the name of the published checkpoint that it is, by which its chat template is found.
+        settings: those of the encoder; None for no llm2vec_config.json.
+
+    Raises:
+        SaveError: see `write_model`.
+    """
+    write_model(model, folder)
+    write_tokenizer(tokenizer, folder)
+    if published is not None:
+        keep_published_name(folder, published)
+    if settings is not None:
+        write_json(folder / SETTINGS_FILE, written_settings(settings, model, published))
+
+
 def write_model(model: nn.Module, folder: Path) -> None:
     """Write a model so that loading the folder gives the weights that are in memory.
 
@@ -61,6 +86,9 @@ def write_model(model: nn.Module, folder: Path) -> None:
     Raises:
         SaveError: what would be loaded from the folder is something else than this model.
     """
+    away = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if away is not None:
+        raise SaveError(f"{away} is on no device (meta, or left on disk), so there is nothing to write: load it whole")
     if not _adapted(model):
         if isinstance(model, PeftModel):
             raise SaveError(f"an adapter of type {model.active_peft_config.peft_type.value} cannot be saved here")
@@ -76,6 +104,13 @@ def write_model(model: nn.Module, folder: Path) -> None:
     else:
         config, weights = _as_one(model, names, origin)
     _write_adapter(config, weights, decoder_of(model) if not single else model.get_base_model(), origin, folder)
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer without its chat template: sentence-transformers would wrap every text in it."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
 
 
 def merge(model: nn.Module) -> nn.Module:

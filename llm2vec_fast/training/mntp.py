@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from llm2vec_fast.acceleration.loss import with_scores
 from llm2vec_fast.kernels.layout import SequenceLayout
+from llm2vec_fast.positions import within_positions
 from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
 from llm2vec_fast.training.models import load_model
@@ -132,8 +133,9 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
     """
     stage = load_model(arguments, head=True)
+    length = within_positions(stage.model, arguments.max_seq_length)
     datasets = {
-        name: Sequences(_tokens(files, stage.tokenizer, arguments), arguments.seed_of_data)
+        name: Sequences(_tokens(files, stage.tokenizer, arguments, length), arguments.seed_of_data)
         for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
         if files
     }
@@ -151,10 +153,12 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
     return run(trainer, arguments, stage)
 
 
-def _tokens(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments) -> HubDataset:
+def _tokens(
+    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments, length: int
+) -> HubDataset:
     with arguments.main_process_first(desc="tokenising"):  # the others read what it has put on disk
         texts = read_texts_of(arguments, files)
-        return tokenise(texts, tokenizer, arguments.max_seq_length, line_by_line=arguments.line_by_line)
+        return tokenise(texts, tokenizer, length, line_by_line=arguments.line_by_line)
 
 
 def _scores(batches: EvalPrediction) -> dict[str, float]:

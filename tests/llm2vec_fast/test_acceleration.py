@@ -20,10 +20,11 @@ from llm2vec_fast.acceleration.linear import PackedLinear
 from llm2vec_fast.bidirectional import make_bidirectional
 from llm2vec_fast.kernels.linear import packing_problem
 
-pytestmark = pytest.mark.skipif(
+packs = pytest.mark.skipif(
     packing_problem(torch.zeros(1, 1, dtype=torch.bfloat16)) is not None, reason="oneDNN has no bf16 here"
 )
-IDS = torch.arange(3, 40)[None] % SHAPE["vocab_size"]
+# Enough rows that the ratio of two largest errors tells something: that of one text varies from 0.4 to 2.9.
+IDS = torch.randint(3, SHAPE["vocab_size"], (16, 37), generator=torch.Generator().manual_seed(0))
 
 
 def bf16_model(family: str) -> nn.Module:
@@ -35,6 +36,7 @@ def hidden(model: nn.Module) -> torch.Tensor:
     return model(input_ids=IDS).last_hidden_state
 
 
+@packs
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_are_as_exact_as_the_stock_models(family: str) -> None:
     model = bf16_model(family)
@@ -107,6 +109,7 @@ def test_adapters_work_on_top(adapter_first: bool) -> None:
     assert_error_within(hidden(model), expected, exact)
 
 
+@packs
 def test_training_mode_packs_nothing() -> None:
     model = bf16_model("llama")
     accelerate(model)
@@ -148,6 +151,7 @@ def test_packed_weights_follow_changes_that_leave_no_trace(change: Callable[[nn.
     assert not torch.equal(after, before)
 
 
+@packs
 def test_packing_does_not_depend_on_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     def left(total: int, available: int) -> dict[str, str]:
         memory = SimpleNamespace(total=total, available=available)
@@ -158,6 +162,7 @@ def test_packing_does_not_depend_on_the_memory_that_is_free(monkeypatch: pytest.
     assert "a quarter of the 0 MiB of memory" in left(total=1 << 10, available=1 << 40)["linear"]
 
 
+@packs
 def test_a_weight_that_cannot_be_packed_runs_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

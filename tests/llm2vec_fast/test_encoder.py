@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -139,6 +140,17 @@ def test_arguments_that_make_no_sense_are_refused(encoder, arguments, message):
 def test_settings_that_make_no_sense_are_refused_at_once(settings):
     with pytest.raises(ValueError, match=r"pooling_mode='median' is unknown|is not a positive number of tokens"):
         load(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("pooling_mode", "cls", "pooling_mode='cls' is unknown: choose"), ("max_length", "12", "max_length='12' is not")],
+)
+def test_settings_that_are_changed_to_nonsense_are_refused(name, value, message):
+    encoder = load()
+    setattr(encoder, name, value)
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(TEXTS)
 
 
 def test_token_embeddings_average_to_the_embedding(encoder):
@@ -306,3 +318,37 @@ def test_names_the_package_does_not_have():
     assert set(llm2vec_fast.__all__) <= set(dir(llm2vec_fast))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = llm2vec_fast.nothing
+
+
+@pytest.mark.parametrize("texts", [{"a": "text"}, {"one", "two"}], ids=["dict", "set"])
+def test_texts_without_an_order_are_refused(encoder, texts):
+    with pytest.raises(TypeError, match="not a list of texts: pass them in an order"):
+        encoder.encode(texts)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokenizer": {"input_ids": 1}}, "a dict is no tokenizer of transformers: pass AutoTokenizer"),
+        ({"tokenizer": None}, "a NoneType is no tokenizer"),
+        ({"model": "gpt2"}, "str is not a transformers model"),
+        ({"model": torch.nn.DataParallel}, r"DataParallel is not .*: pass the model that it wraps, its \.module"),
+        ({"model": partial(torch.compile, backend="eager")}, r"OptimizedModule .* wraps, its \._orig_mod"),
+    ],
+    ids=["dict", "none", "name", "parallel", "compiled"],
+)
+def test_what_is_no_model_and_no_tokenizer_is_named(encoder, changed, message):
+    parts = {"model": encoder.model, "tokenizer": encoder.tokenizer, **changed}
+    if callable(parts["model"]) and parts["model"] is not encoder.model:
+        parts["model"] = parts["model"](encoder.model)
+    with pytest.raises(UserError, match=message):
+        LLM2Vec(**parts)
+
+
+def test_a_model_without_values_is_named(encoder, tmp_path):
+    empty = copy.deepcopy(encoder).to("meta")
+    with pytest.raises(UserError, match="on the meta device, which holds no values"):
+        empty.encode(TEXTS)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is on no device"):
+        empty.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

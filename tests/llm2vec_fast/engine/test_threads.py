@@ -50,6 +50,17 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return float(cosine_similarity(ours.double(), theirs.double(), dim=-1).min()) > 0.99999
 
 
+def exit_code(child: int) -> int:
+    """Of a forked process, which is ended where it hangs."""
+    for _ in range(300):
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, 9)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
 def test_the_first_calls_come_from_many_threads(mode, expected, monkeypatch):
     """Nothing has warmed the encoder up: it is made ready, once, while all of them wait for it."""
@@ -227,15 +238,7 @@ def test_a_forked_process_has_cores_and_locks_of_its_own():
             with lock_of(decoder_of(encoder.model)).change("to()"):
                 os._exit(0 if list(each_on_a_core(str, range(3), 2)) == ["0", "1", "2"] else 1)
         release.set()
-    for _ in range(300):
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(child, 9)
-    assert found == child
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert exit_code(child) == 0
 
 
 def test_saving_into_a_folder_needs_no_other_thread(tmp_path: Path):
@@ -243,3 +246,17 @@ def test_saving_into_a_folder_needs_no_other_thread(tmp_path: Path):
     encoder.encode(TEXTS)
     encoder.save(tmp_path / "saved", merge_before_save=True)
     assert (tmp_path / "saved" / "config.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_encodes(threads, expected):
+    """As a worker of multiprocessing does on Linux, with the encoder of its parent, whose threads it does not have."""
+    threads(2)
+    encoder = load()
+    encoder.encode(TEXTS)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if same(encoder.encode(TEXTS), expected) and torch.get_num_threads() == 1 else 1)
+    assert exit_code(child) == 0
+    assert torch.get_num_threads() == 2

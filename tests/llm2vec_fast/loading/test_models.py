@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,16 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(model):
     (model / "evil.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(ModelLoadError, match="contains custom code"):
         load(model)
+
+
+def test_a_folder_of_sentence_transformers_says_that_its_pooling_is_not_read(model, tmp_path):
+    (model / "modules.json").write_text("[]")
+    with pytest.warns(
+        UserWarning, match=r"saved by sentence-transformers, whose settings .* are not read: pass pooling"
+    ):
+        encoder = load(model, pooling_mode="last_token")
+    encoder.save(tmp_path / "saved")
+    (tmp_path / "saved" / "modules.json").write_text("[]")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path / "saved").pooling_mode == "last_token"

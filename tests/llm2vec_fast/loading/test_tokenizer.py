@@ -112,6 +112,48 @@ def test_ordinary_tokens_that_no_text_comes_to_are_told_of(model):
         load(model)
 
 
+def stated(folder: Path, tokenizer_class: str, **settings: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": tokenizer_class, **settings}))
+
+
+@pytest.mark.parametrize("begin", [None, True, False])
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast"])
+def test_begin_and_end_tokens_that_the_configuration_states_are_added(model, kind, begin):
+    """e5-mistral: add_eos_token is true, tokenizer.json adds <s> alone. transformers 4.57 gave <s> text </s>."""
+    stated(model, kind, add_eos_token=True, **({} if begin is None else {"add_bos_token": begin}))
+    encoder = load(model)
+    (plain,) = load(FOLDER / "llama").text_tokenizer()([("", TEXTS[0])]).ids
+    (ids,) = encoder.text_tokenizer()([("", TEXTS[0])]).ids
+    assert ids.tolist() == [*plain.tolist()[0 if begin is not False else 1 :], encoder.tokenizer.eos_token_id]
+
+
+def test_last_token_pooling_takes_the_stated_end_token_and_a_saved_encoder_too(model, tmp_path):
+    stated(model, "LlamaTokenizer", add_eos_token=True)
+    encoder = LLM2Vec.from_pretrained(model, dtype="float32", device="cpu", pooling_mode="last_token")
+    tokens = encoder.encode(TEXTS[0], output="tokens")
+    assert int(tokens.ids[-1]) == encoder.tokenizer.eos_token_id
+    assert torch.allclose(encoder.encode(TEXTS[0]), tokens.embeddings[-1], atol=1e-5)
+    encoder.save(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved").encode(TEXTS), encoder.encode(TEXTS))
+
+
+def test_a_stated_end_token_that_transformers_never_added_is_told_of(model):
+    """Llama 3's PreTrainedTokenizerFast passed over these settings in transformers 4, too."""
+    stated(model, "PreTrainedTokenizerFast", add_eos_token=True)
+    with pytest.warns(UserWarning, match=r"says add_eos_token, but its tokenizer.json adds none"):
+        encoder = load(model)
+    assert torch.equal(encoder.encode(TEXTS), load(FOLDER / "llama").encode(TEXTS))
+
+
+def test_a_stated_token_that_has_no_name_is_refused(model):
+    stated(model, "LlamaTokenizer", add_eos_token=True, eos_token=None)
+    content = json.loads((model / "special_tokens_map.json").read_text())
+    (model / "special_tokens_map.json").write_text(json.dumps({**content, "eos_token": None}))
+    with pytest.raises(ModelLoadError, match="says add_eos_token, and the tokenizer names no eos_token"):
+        load(model)
+
+
 def load_quietly(place) -> LLM2Vec:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
