@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from .errors import UnsupportedModelError, UserError
 from .kernels import attention
 from .kernels.layout import SequenceLayout
-from .kinds import WatchedLayout, check_by_trial, check_stated
+from .model_support import WatchedLayout, check_by_trial, check_stated
 from .rope import positions_from_zero, rope_by_batch, rope_by_own_length
 
 ATTENTION_NAME = "llm2vec_fast"
