@@ -4,8 +4,8 @@ The interpreter must be chosen before Triton is imported. It does not change wha
 it to tests that ask for backend="triton". On a GPU a test makes its tensors there without saying so, and whatever is
 tested in float16 is tested in bfloat16 too, which the interpreter cannot multiply.
 
-Of several processes that share the tests (pytest -n), each has one thread, and so have those that it starts: the
-interpreter has no use for more. Other tests have two, for the product encodes a batch a thread.
+Of several processes that share the tests (pytest -n), each has one thread, and so have those that it starts. Tests of
+encoding have two, for the product encodes a batch a thread.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pytest
 SHARES_THE_CORES = "PYTEST_XDIST_WORKER" in os.environ
 if SHARES_THE_CORES:  # before PyTorch's libraries read it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core to another process
 
 import torch  # noqa: E402
 
@@ -32,6 +33,8 @@ CPU_FILES = frozenset({
     *("test_default_device.py", "test_dispatch.py", "test_flash.py"),
     *("test_group.py", "test_memory.py", "test_parallel.py"),
 })  # fmt: skip
+
+ENCODE_A_BATCH_A_THREAD = ("real/", "llm2vec_fast/engine/", "llm2vec_fast/bulk/", "llm2vec_fast/test_encoder.py")
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything can have imported Triton; --device takes it back
 
@@ -80,7 +83,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if SHARES_THE_CORES:
-        torch.set_num_threads(1 if "tests/kernels/" in item.path.as_posix() else 2)
+        torch.set_num_threads(
+            2 if any(f"tests/{part}" in item.path.as_posix() for part in ENCODE_A_BATCH_A_THREAD) else 1
+        )
 
 
 def _with_bfloat16(mark: pytest.Mark) -> pytest.Mark:
