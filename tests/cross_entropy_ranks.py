@@ -45,11 +45,17 @@ def _step(
     hidden, weight, bias = (x.requires_grad_() for x in _slice(rank, CASE.tensors(dtype)))
     out = linear_cross_entropy(
         hidden, weight, labels, bias=bias, group=dist.group.WORLD, return_accuracy=True, return_log_probs=True,
-        backend=backend, **rule,
+        return_lse=True, backend=backend, **rule,
     )  # fmt: skip
-    grads = torch.autograd.grad(out.loss.sum(), (hidden, weight, bias))
+    grads = torch.autograd.grad(out.loss.sum() + 0.1 * out.lse.square().sum(), (hidden, weight, bias))
     named = dict(zip(("dhidden", "dweight", "dbias"), grads, strict=True))
-    return {"loss": out.loss.detach(), "accuracy": out.accuracy, "log_probs": out.log_probs, **named}
+    return {
+        "loss": out.loss.detach(),
+        "accuracy": out.accuracy,
+        "log_probs": out.log_probs,
+        "lse": out.lse.detach(),
+        **named,
+    }
 
 
 def _slice(rank: int, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

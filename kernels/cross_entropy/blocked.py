@@ -103,6 +103,7 @@ def _finish_weight(slopes: _Slopes, problem: Problem, hidden: Tensor, lse: Tenso
     if buffer.shape[0] < count * slopes.columns:
         buffer = buffer.new_empty(count * slopes.columns)
     lse, ones = lse[kept:], torch.ones_like(lse[kept:])
+    factor = problem.rule.softmax_factor(ones, lse)
     for block in slopes.blocks():
         b_kept = slopes.of(block)
         b_slopes = buffer[: count * b_kept.shape[1]].view(count, -1)
@@ -110,12 +111,12 @@ def _finish_weight(slopes: _Slopes, problem: Problem, hidden: Tensor, lse: Tenso
         if kept < count:
             b_bias = None if problem.bias is None else problem.bias[block]
             b_logits = _multiply(hidden[kept:], problem.weight[block], b_bias, b_slopes[kept:])
-            _slope(b_logits, problem, problem.labels[kept:] - block.start, lse, ones)
+            _slope(b_logits, problem, problem.labels[kept:] - block.start, lse, ones, factor)
         _add_weight(slopes.weight_grad[block], b_slopes, hidden, grad, False)
 
 
-def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gradients) -> None:
-    """Gradients from each row's log-sum-exp and upstream gradient, both (N,): blocks of the vocabulary, all rows."""
+def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, factor: Tensor, gradients: Gradients) -> None:
+    """Gradients from what `compute_gradients` is given of each row: blocks of the vocabulary, all rows."""
     hidden, entries = problem.taken(slice(None)), problem.weight.shape[0]
     count = hidden.shape[0]
     step = min(entries, _columns(count, BLOCK_BYTES // hidden.element_size()))
@@ -127,7 +128,7 @@ def gradients_blocked(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gr
         b_bias = None if problem.bias is None else problem.bias[block]
         b_logits = buffer[: count * b_weight.shape[0]].view(count, b_weight.shape[0])
         _multiply(hidden, b_weight, b_bias, b_logits)
-        _slope(b_logits, problem, problem.labels - first, lse, grad)
+        _slope(b_logits, problem, problem.labels - first, lse, grad, factor)
         if gradients.weight is not None:
             _add_weight(gradients.weight[block], b_logits, hidden, 1.0, False)
         if gradients.bias is not None:
@@ -218,14 +219,15 @@ def _soften(b_logits: Tensor, problem: Problem, labels: Tensor, forming: bool) -
             b_logits[rows] = b_x if b_slope is None else b_x.mul_(b_slope)
     statistics = Statistics.joined(parts)
     if forming:
-        _set_labels(b_logits, labels, statistics.label, statistics.lse, torch.ones_like(statistics.lse), rule)
+        ones = torch.ones_like(statistics.lse)
+        factor = rule.softmax_factor(ones, statistics.lse)
+        _set_labels(b_logits, labels, statistics.label, statistics.lse, ones, factor, rule)
     return statistics
 
 
-def _slope(b_logits: Tensor, problem: Problem, labels: Tensor, lse: Tensor, grad: Tensor) -> None:
+def _slope(b_logits: Tensor, problem: Problem, labels: Tensor, lse: Tensor, grad: Tensor, factor: Tensor) -> None:
     """A block of logits (N, v), whose first entry has label 0, becomes its own gradient."""
     rule = problem.rule
-    factor = rule.softmax_factor(grad, lse)
     shift = lse - factor.abs().log()  # the factor in the exponent costs no pass of its own
     signs = factor.sign() if bool((factor < 0).any()) else None
     here = (labels >= 0) & (labels < b_logits.shape[1])
@@ -239,14 +241,16 @@ def _slope(b_logits: Tensor, problem: Problem, labels: Tensor, lse: Tensor, grad
         if rule.smoothing:
             b_x.sub_((grad[rows] * (rule.smoothing / rule.vocabulary))[:, None])
         b_logits[rows] = b_x if b_slope is None else b_x.mul_(b_slope)
-    _set_labels(b_logits, labels, label, lse, grad, rule)
+    _set_labels(b_logits, labels, label, lse, grad, factor, rule)
 
 
-def _set_labels(b_logits: Tensor, labels: Tensor, label: Tensor, lse: Tensor, grad: Tensor, rule: Rule) -> None:
+def _set_labels(
+    b_logits: Tensor, labels: Tensor, label: Tensor, lse: Tensor, grad: Tensor, factor: Tensor, rule: Rule
+) -> None:
     """Write the gradient of each label's own logit, made in full precision: p − 1 must not cancel in 16 bits."""
     rows = ((labels >= 0) & (labels < b_logits.shape[1])).nonzero()[:, 0]
     label, lse, grad = label[rows], lse[rows], grad[rows]
-    value = rule.softmax_factor(grad, lse) * (label - lse).exp()
+    value = factor[rows] * (label - lse).exp()
     value -= grad * (1 - rule.smoothing + rule.smoothing / rule.vocabulary)
     if rule.softcap is not None:
         value *= 1 - (label / rule.softcap).square()

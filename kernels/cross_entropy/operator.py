@@ -28,11 +28,13 @@ def linear_cross_entropy_operator(
     reduction: str,
     needs: list[bool],
     accuracy: bool,
+    return_lse: bool,
     check: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, lse (T,), log-probabilities (T,), correct (T,) bool; then the gradients of hidden, weight and bias for an
-    upstream gradient of 1, empty where they are not formed here. Only the loss is differentiable.
+    upstream gradient of 1, empty where they are not formed here. The loss is differentiable, with ``return_lse`` lse
+    is, too.
 
     ``needs`` says which of hidden, weight and bias want a gradient.
     """
@@ -43,7 +45,7 @@ def linear_cross_entropy_operator(
             refuse_wrong_labels(problem.labels, problem.rows, rule.vocabulary, ignore_index)
         count = problem.labels.shape[0]
         grad = 1 / max(1, count) if reduction == "mean" else 1.0
-        forming = _formable(needs, reduction, backend, weight.dtype)
+        forming = _formable(needs, reduction, backend, weight.dtype, return_lse)
         gradients = _room(hidden, weight, bias, forming)
         if count == 0:
             statistics = _no_statistics(problem)
@@ -66,19 +68,19 @@ def linear_cross_entropy_operator(
 
 
 @linear_cross_entropy_operator.register_fake
-def _(
-    hidden, weight, bias, labels, ignore_index, softcap, smoothing, z_loss, reduction, needs, accuracy, check, backend
-):
+def _(hidden, weight, bias, labels, ignore_index, softcap, smoothing, z_loss, reduction, needs, accuracy, return_lse,
+      check, backend):  # fmt: skip
     per_row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     loss = torch.empty_like(per_row) if reduction == "none" else per_row.new_empty(())
     correct = labels.new_empty(hidden.shape[0] if accuracy else 0, dtype=torch.bool)
-    gradients = _room(hidden, weight, bias, _formable(needs, reduction, backend, weight.dtype))
+    gradients = _room(hidden, weight, bias, _formable(needs, reduction, backend, weight.dtype, return_lse))
     return loss, per_row, torch.empty_like(per_row), correct, *gradients
 
 
 @torch.library.custom_op("llm2vec_fast::linear_cross_entropy_backward", mutates_args=())
 def linear_cross_entropy_backward_operator(
     grad: Tensor,
+    grad_lse: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -95,19 +97,20 @@ def linear_cross_entropy_backward_operator(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias for the upstream ``grad``, () or (T,), from those that are not empty."""
+    """Gradients of hidden, weight and bias, from those that are not empty, for the upstream gradients ``grad`` of the
+    loss, () or (T,), and ``grad_lse`` of the log-sum-exp, (T,)."""
     made, ready = _room(hidden, weight, bias, needs), (dhidden, dweight, dbias)
     formed = [x.numel() > 0 for x in ready]
     for out, x in zip(made, ready, strict=True):
         if x.numel():
             out.copy_(x)
     rule = (ignore_index, softcap, smoothing, z_loss, reduction)
-    _finish(grad, hidden, weight, bias, labels, lse, made, formed, *rule, needs, backend)
+    _finish(grad, grad_lse, hidden, weight, bias, labels, lse, made, formed, *rule, needs, backend)
     return made
 
 
 @linear_cross_entropy_backward_operator.register_fake
-def _(grad, hidden, weight, bias, labels, lse, dhidden, dweight, dbias, ignore_index, softcap, smoothing,
+def _(grad, grad_lse, hidden, weight, bias, labels, lse, dhidden, dweight, dbias, ignore_index, softcap, smoothing,
       z_loss, reduction, needs, backend):  # fmt: skip
     return _room(hidden, weight, bias, needs)
 
@@ -115,6 +118,7 @@ def _(grad, hidden, weight, bias, labels, lse, dhidden, dweight, dbias, ignore_i
 @torch.no_grad()
 def _finish(
     grad: Tensor,
+    grad_lse: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -130,7 +134,10 @@ def _finish(
     needs: list[bool],
     backend: str,
 ) -> None:
-    """Bring the gradients that are ``formed`` to the upstream ``grad`` in place, and compute the others."""
+    """Bring the gradients that are ``formed`` to the upstream ``grad`` in place, and compute the others.
+
+    None is formed where there is a ``grad_lse``.
+    """
     missing: list[Tensor | None] = [None] * 3
     for i, ready in enumerate(formed):
         if needs[i] and not ready:
@@ -145,14 +152,19 @@ def _finish(
         count = problem.labels.shape[0]
         row_grad = grad.index_select(0, problem.rows) if grad.ndim else grad.expand(count)
         row_grad = row_grad / max(1, count) if reduction == "mean" else row_grad
-        compute_gradients(problem, lse.index_select(0, problem.rows), row_grad, Gradients(*missing), backend)
+        row_lse = lse.index_select(0, problem.rows)
+        factor = rule.softmax_factor(row_grad, row_lse)
+        if grad_lse is not None:
+            factor = factor + grad_lse.index_select(0, problem.rows)
+        compute_gradients(problem, row_lse, row_grad, factor, Gradients(*missing), backend)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, ignore_index, softcap, smoothing, z_loss, reduction, needs, *_, backend = inputs
+    hidden, weight, bias, labels, ignore_index, softcap, smoothing, z_loss, reduction, needs, *_ = inputs
+    return_lse, _, backend = inputs[-3:]
     _, lse, log_probs, correct, *gradients = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, log_probs, correct, *gradients)
+    ctx.mark_non_differentiable(*(() if return_lse else (lse,)), log_probs, correct, *gradients)
     ctx.save_for_backward(hidden, weight, bias, labels, lse)
     # Not among the saved tensors, for the backward pass takes them over: it scales them in place.
     ctx.gradients = gradients
@@ -160,25 +172,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.needs, ctx.backend = needs, backend
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 13
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None and grad_lse is None:
+        return (None,) * 14
     hidden, weight, bias, labels, lse = ctx.saved_tensors
+    if grad is None:
+        grad = lse.new_zeros(())
     gradients = ctx.gradients
     if gradients is None:  # a second backward pass through the same graph computes them anew
         gradients = _room(hidden, weight, bias, [False] * 3)
     ctx.gradients = None
     settings = (*ctx.rule, ctx.needs, ctx.backend)
-    if type(grad) is Tensor and not torch.is_grad_enabled():
+    if type(grad) is Tensor and type(grad_lse) in (Tensor, type(None)) and not torch.is_grad_enabled():
         formed = [x.numel() > 0 for x in gradients]
         fresh = _room(hidden, weight, bias, [need and not have for need, have in zip(ctx.needs, formed, strict=True)])
         gradients = [x if have else y for x, y, have in zip(gradients, fresh, formed, strict=True)]
-        _finish(grad, hidden, weight, bias, labels, lse, gradients, formed, *settings)
+        _finish(grad, grad_lse, hidden, weight, bias, labels, lse, gradients, formed, *settings)
     else:  # traced by a compiler, or to be differentiated again, which the operator refuses
         gradients = linear_cross_entropy_backward_operator(
-            grad, hidden, weight, bias, labels, lse, *gradients, *settings
+            grad, grad_lse, hidden, weight, bias, labels, lse, *gradients, *settings
         )
-    return *(x if need else None for x, need in zip(gradients, ctx.needs, strict=True)), *(None,) * 10
+    return *(x if need else None for x, need in zip(gradients, ctx.needs, strict=True)), *(None,) * 11
 
 
 linear_cross_entropy_operator.register_autograd(_backward, setup_context=_setup_context)
@@ -207,8 +221,11 @@ def refuse_wrong_labels(labels: Tensor, rows: Tensor, vocabulary: int, ignore_in
         )
 
 
-def compute_gradients(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gradients, backend: str) -> None:
-    """Fill ``gradients`` from the log-sum-exp and the upstream gradient of each labelled row."""
+def compute_gradients(
+    problem: Problem, lse: Tensor, grad: Tensor, factor: Tensor, gradients: Gradients, backend: str
+) -> None:
+    """Fill ``gradients`` from each labelled row's log-sum-exp, upstream gradient, and ``factor`` of the softmax in the
+    gradient of its logits; all (N,)."""
     for x in (gradients.weight, gradients.bias) if problem.labels.shape[0] == 0 else ():
         if x is not None:
             x.zero_()
@@ -219,9 +236,9 @@ def compute_gradients(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gr
     if backend == "triton":
         from .triton_backward import gradients_triton
 
-        gradients_triton(problem, lse, grad, gradients)
+        gradients_triton(problem, lse, grad, factor, gradients)
     else:
-        gradients_blocked(problem, lse, grad, gradients)
+        gradients_blocked(problem, lse, grad, factor, gradients)
 
 
 def spread(values: Tensor, problem: Problem) -> Tensor:
@@ -235,11 +252,11 @@ def _room(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[
     return tuple(weight.new_empty(size if want else 0) for size, want in zip(sizes, wanted, strict=True))
 
 
-def _formable(needs: Sequence[bool], reduction: str, backend: str, dtype: torch.dtype) -> list[bool]:
+def _formable(needs: Sequence[bool], reduction: str, backend: str, dtype: torch.dtype, return_lse: bool) -> list[bool]:
     """Which gradients the forward pass may form: none on Triton, and what sums over rows only if all have one upstream
     gradient. None in float16 either, whose range is that of gradients only once the upstream one, a loss scale or one
-    over the number of tokens, is in them."""
-    forming = backend != "triton" and dtype != torch.float16
+    over the number of tokens, is in them; and none where the log-sum-exp may have a gradient, too."""
+    forming = backend != "triton" and dtype != torch.float16 and not return_lse
     return [need and forming and (i == 0 or reduction != "none") for i, need in enumerate(needs)]
 
 

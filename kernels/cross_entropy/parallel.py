@@ -15,8 +15,9 @@ from .rule import Gradients, Problem, Rule, Statistics
 
 def linear_cross_entropy_parallel(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, log-probabilities (T,) and correct (T,); the same on every process. Only the loss is differentiable."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-sum-exp (T,), log-probabilities (T,) and correct (T,); the same on every process. The first two are
+    differentiable."""
     return _VocabularyParallel.apply(hidden, weight, bias, labels, settings)
 
 
@@ -24,7 +25,7 @@ class _VocabularyParallel(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, settings: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         group, ignore_index, reduction = settings["group"], settings["ignore_index"], settings["reduction"]
         with torch.autocast(hidden.device.type, enabled=False):
             first, vocabulary = _place(weight, group)
@@ -36,7 +37,7 @@ class _VocabularyParallel(torch.autograd.Function):
             losses = rule.losses(statistics)
         grad = 1 / max(1, losses.shape[0]) if reduction == "mean" else 1.0
         loss = spread(losses, problem) if reduction == "none" else losses.sum() * grad
-        log_probs = spread(statistics.label - statistics.lse, problem)
+        lse, log_probs = spread(statistics.lse, problem), spread(statistics.label - statistics.lse, problem)
         correct = (
             spread(statistics.label >= statistics.highest, problem) if settings["accuracy"] else labels.new_empty(0)
         )
@@ -44,22 +45,26 @@ class _VocabularyParallel(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, problem.rows, problem.labels, statistics.lse)
         ctx.rule, ctx.grad, ctx.group, ctx.backend = rule, grad, group, settings["backend"]
-        return loss, log_probs, correct
+        return loss, lse, log_probs, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None and grad_lse is None:
             return (None,) * 5
         hidden, weight, bias, rows, labels, lse = ctx.saved_tensors
+        grad = lse.new_zeros(()) if grad is None else grad
         # Of the hidden states every process makes a part, and parts are added before they are rounded.
         dtypes = (torch.promote_types(hidden.dtype, torch.float32), weight.dtype, weight.dtype)
         needed = zip((hidden, weight, bias), dtypes, ctx.needs_input_grad[:3], strict=True)
         gradients = Gradients(*(torch.empty_like(x, dtype=dtype) if need else None for x, dtype, need in needed))
         row_grad = (grad.index_select(0, rows) if grad.ndim else grad.expand(rows.shape[0])) * ctx.grad
+        factor = ctx.rule.softmax_factor(row_grad, lse)
+        if grad_lse is not None:
+            factor = factor + grad_lse.index_select(0, rows)
         problem = Problem(hidden, weight, bias, rows, labels, ctx.rule)
         with torch.autocast(hidden.device.type, enabled=False):
-            compute_gradients(problem, lse, row_grad, gradients, ctx.backend)
+            compute_gradients(problem, lse, row_grad, factor, gradients, ctx.backend)
         grad_hidden = None
         if gradients.hidden is not None:
             total = gradients.hidden.index_select(0, rows)

@@ -209,16 +209,17 @@ def _block(p, stride, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.c
     return b_tile
 
 
-def gradients_triton(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gradients) -> None:
-    """Gradients from each labelled row's log-sum-exp and upstream gradient, both (N,) float32."""
+def gradients_triton(problem: Problem, lse: Tensor, grad: Tensor, factor: Tensor, gradients: Gradients) -> None:
+    """Gradients from what `compute_gradients` is given of each row, float32."""
     hidden, weight = readable(problem.taken(slice(None))), readable(problem.weight)
     kind = (hidden.dtype, hidden.shape[1], architecture_for(hidden, weight))
     config = configurations.gradient(*kind)
     to_weight, to_hidden = configurations.product(*kind, True), configurations.product(*kind, False)
     count, entries = hidden.shape[0], weight.shape[0]
     # Gradients of a size near 1 keep their small elements in float16; a power of two changes no bit of them.
-    scale = torch.ldexp(torch.ones_like(grad[0]), torch.frexp(grad.abs().amax()).exponent - 1)
-    grad = grad / scale
+    largest = torch.maximum(grad.abs(), factor.abs()).amax()
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    grad, factor = grad / scale, factor / scale
     padded = triton.cdiv(count, config.block_rows) * config.block_rows
     columns = max(1, BLOCK_BYTES // (padded * hidden.element_size()) // config.block_columns) * config.block_columns
     columns = min(columns, triton.cdiv(entries, config.block_columns) * config.block_columns)
@@ -229,7 +230,15 @@ def gradients_triton(problem: Problem, lse: Tensor, grad: Tensor, gradients: Gra
         block = slice(first, min(entries, first + columns))
         part = replace(problem, weight=weight[block], bias=None if problem.bias is None else problem.bias[block])
         made = gradient_arguments(
-            hidden, part, problem.labels - first, lse, grad, buffer, None if gradients.bias is None else sums, config
+            hidden,
+            part,
+            problem.labels - first,
+            lse,
+            grad,
+            factor,
+            buffer,
+            None if gradients.bias is None else sums,
+            config,
         )
         _gradient_kernel[(padded // config.block_rows * triton.cdiv(block.stop - first, config.block_columns),)](**made)
         if gradients.bias is not None:
@@ -264,6 +273,7 @@ def gradient_arguments(
     labels: Tensor,
     lse: Tensor,
     grad: Tensor,
+    factor: Tensor,
     out: Tensor,
     sums: Tensor | None,
     config: Configuration,
@@ -272,7 +282,7 @@ def gradient_arguments(
     rule = problem.rule
     return {
         **logits_arguments(hidden, problem, config), "p_labels": labels, "p_lse": lse,
-        "p_factor": rule.softmax_factor(grad, lse), "p_grad": grad, "p_out": out, "p_sums": sums,
+        "p_factor": factor, "p_grad": grad, "p_out": out, "p_sums": sums,
         "stride_out": out.stride(0), "smoothed": rule.smoothing / rule.vocabulary, "kept": 1 - rule.smoothing,
         "HAS_SUMS": sums is not None,
     }  # fmt: skip

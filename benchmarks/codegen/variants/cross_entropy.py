@@ -70,7 +70,7 @@ def cross_entropy(
         return Variant(name, triton._forward_kernel, arguments, products)
     if which == "gradient":
         arguments = triton_backward.gradient_arguments(
-            hidden, problem, labels, numbers, numbers, buffer, optional, config
+            hidden, problem, labels, numbers, numbers, numbers, buffer, optional, config
         )
         return Variant(name, triton_backward._gradient_kernel, arguments, products)
     b = hidden if transposed else weight

@@ -15,7 +15,8 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden": torch.zeros(2, 3, 8)}, r"shapes \(2, 3, 8\) and \(20, 8\)"),
+        ({"hidden": torch.zeros(2, 3, 8)}, r"shape \(6,\): pass one int64 a row of hidden, \(2, 3\)"),
+        ({"hidden": torch.zeros(1, 2, 3, 8)}, r"shapes \(1, 2, 3, 8\) and \(20, 8\)"),
         ({"weight": torch.zeros(20, 9)}, r"shapes \(6, 8\) and \(20, 9\)"),
         ({"weight": torch.zeros(0, 8)}, "not empty"),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, r"labels are torch.int64 of shape \(5,\)"),

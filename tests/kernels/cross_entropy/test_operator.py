@@ -13,20 +13,21 @@ from llm2vec_fast.kernels.cross_entropy.operator import (
 )
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("reduction", "return_lse"), [("mean", False), ("mean", True), ("none", False)])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_opcheck(backend, reduction):
+def test_opcheck(backend, reduction, return_lse):
     case = Case(20, 50, 16, bias=True)
     hidden, weight, bias = (x.requires_grad_() for x in case.tensors(torch.float32))
     rule = (-100, 3.0, 0.1, 0.01, reduction)
-    arguments = (hidden, weight, bias, case.labels(), *rule, [True] * 3, True, True, backend)
+    arguments = (hidden, weight, bias, case.labels(), *rule, [True] * 3, True, return_lse, True, backend)
     torch.library.opcheck(linear_cross_entropy_operator, arguments)
     detached = [x.detach() for x in (hidden, weight, bias)]
     loss, lse, *_ = linear_cross_entropy_operator(*detached, *arguments[3:])
+    upstream = torch.ones_like(lse) if return_lse else None
     unformed = [x.new_empty(0) for x in detached]
     torch.library.opcheck(
         linear_cross_entropy_backward_operator,
-        (torch.ones_like(loss), *detached, case.labels(), lse, *unformed, *rule, [True] * 3, backend),
+        (torch.ones_like(loss), upstream, *detached, case.labels(), lse, *unformed, *rule, [True] * 3, backend),
         test_utils=("test_schema", "test_faketensor"),
     )
 

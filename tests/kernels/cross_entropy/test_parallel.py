@@ -20,12 +20,13 @@ def whole(dtype, rule):
     tensors = [x.requires_grad_() for x in CASE.tensors(dtype)]
     hidden, weight, bias = tensors
     out = linear_cross_entropy(
-        hidden, weight, CASE.labels(), bias=bias, return_accuracy=True, return_log_probs=True, backend="reference",
-        **rule,
+        hidden, weight, CASE.labels(), bias=bias, return_accuracy=True, return_log_probs=True, return_lse=True,
+        backend="reference", **rule,
     )  # fmt: skip
-    grads = torch.autograd.grad(out.loss.sum(), tensors)
+    grads = torch.autograd.grad(out.loss.sum() + 0.1 * out.lse.square().sum(), tensors)
     named = dict(zip(("dhidden", "dweight", "dbias"), grads, strict=True))
-    return {"loss": out.loss.detach(), "accuracy": out.accuracy, "log_probs": out.log_probs, **named}
+    found = {"loss": out.loss, "accuracy": out.accuracy, "log_probs": out.log_probs, "lse": out.lse}
+    return {name: x.detach() for name, x in found.items()} | named
 
 
 @pytest.mark.parametrize("number", range(len(RULES)), ids=[str(rule) for rule in RULES])
@@ -35,10 +36,10 @@ def whole(dtype, rule):
 def test_two_processes_equal_one(ranks, run, dtype, number):
     plain, exact = whole(dtype, RULES[number]), whole(torch.float64, RULES[number])
     first, second = (found[f"{run}-{number}"] for found in ranks)
-    for name in ("loss", "accuracy", "log_probs", "dhidden"):
+    for name in ("loss", "accuracy", "log_probs", "lse", "dhidden"):
         assert torch.equal(first[name], second[name]), f"the processes disagree on {name}"
     joined = {name: torch.cat([first[name], second[name]]) for name in ("dweight", "dbias")}
-    for name in ("loss", "log_probs", "dhidden", "dweight", "dbias"):
+    for name in ("loss", "log_probs", "lse", "dhidden", "dweight", "dbias"):
         factor = GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR
         assert_error_within(joined.get(name, first[name]), plain[name], exact[name], factor=factor, name=name)
     assert torch.equal(first["accuracy"], plain["accuracy"])
