@@ -14,7 +14,9 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.jobs.files import replacing
 from llm2vec_fast.training.arguments import StageArguments
+from llm2vec_fast.training.yaml_file import Number, read_yaml, written
 
 Arguments = TypeVar("Arguments", bound=StageArguments)
 RESOLVED = "training_config.yaml"
@@ -37,14 +39,17 @@ def read_arguments(kind: type[Arguments], config: str | Path | None, overrides: 
         UserError: the file cannot be read, a key is unknown, or a value is not of its type or out of range.
     """
     names = {item.name for item in dataclasses.fields(kind) if item.init}
-    given = {} if config is None else _read_yaml(_find(Path(config), kind.STAGE))
+    given = {} if config is None else read_yaml(_find(Path(config), kind.STAGE))
     for key in given:
         _require_known(str(key), names, f"the file {config}")
     parser = _Parser(kind, prog=kind.__name__, allow_abbrev=False)
+    several = {action.dest for action in parser._actions if action.nargs == "+"}
     asked = [word[2:].split("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
     for key in asked:  # before values are looked at: a misspelt key must not be told as a missing one
         if key.removeprefix("no_") not in names:
             _require_known(key, names, "the command line")
+        if key in several and asked.count(key) > 1:
+            raise UserError(f"--{key} comes twice on the command line: give all its values after one")
     if _goes_by_epochs(asked, given):
         given[_STEPS] = -1
     parser.set_defaults(**_typed(given, parser, kind, f"the file {config}"))
@@ -67,7 +72,7 @@ def ready_configs(stage: str) -> dict[str, Path]:
 def own_options(kind: type[StageArguments], config: str | Path | None = None) -> list[tuple[str, str, str]]:
     """A stage's settings that transformers has not, then those with another default and those that every run has: name,
     value (of the configuration, where it has one), what it is."""
-    given = {} if config is None else _read_yaml(_find(Path(config), kind.STAGE))
+    given = {} if config is None else read_yaml(_find(Path(config), kind.STAGE))
     stock = {item.name: item for item in dataclasses.fields(TrainingArguments)}
     items = [item for item in dataclasses.fields(kind) if item.init]
     own = [item for item in items if item.name not in stock]
@@ -100,9 +105,8 @@ def write_arguments(arguments: StageArguments, folder: Path) -> None:
     if _EPOCHS in chosen:  # alone they would be read as going by them
         chosen[_STEPS] = _written(_STEPS, arguments.max_steps, folder / RESOLVED)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f"{RESOLVED}.tmp"
-    beside.write_text("".join(chosen[name] for name in sorted(chosen)), encoding="utf-8")
-    beside.replace(folder / RESOLVED)
+    with replacing(folder / RESOLVED) as file:
+        file.write("".join(chosen[name] for name in sorted(chosen)).encode())
 
 
 def _default_of(item: dataclasses.Field[Any]) -> Any:
@@ -118,7 +122,7 @@ def _is_default(value: Any, default: Any) -> bool:
 def _written(name: str, value: Any, path: Path) -> str:
     """A setting as lines of YAML."""
     try:
-        return yaml.safe_dump({name: _plain(value)}, allow_unicode=True)
+        return written(name, _plain(value))
     except yaml.YAMLError as error:
         raise UserError(f"{name}={value!r} cannot be written to {path}: give plain values or leave it out") from error
 
@@ -137,6 +141,7 @@ def _goes_by_epochs(*places: Collection[str]) -> bool:
 
 
 def _shown(default: Any) -> str:
+    default = default.value if isinstance(default, Number) else default
     return " ".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
 
 
@@ -155,8 +160,8 @@ def _typed(given: dict[str, Any], parser: _Parser, kind: type[StageArguments], p
     for key, value in given.items():
         kinds = {get_origin(hint) or hint: hint for hint in _members(hints[key])}
         try:
-            if isinstance(value, bool) and key in stock and actions[key].type is str:
-                found[key] = value  # one that the annotations do not tell, such as fsdp: true
+            if isinstance(getattr(value, "value", None), bool) and key in stock and actions[key].type is str:
+                found[key] = value.value  # one that the annotations do not tell, such as fsdp: true
             else:
                 found[key] = _read(value, set(kinds), actions[key].type, several=actions[key].nargs == "+")
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
@@ -176,9 +181,7 @@ def _read(value: Any, kinds: set[type], read: Callable[[str], Any], *, several: 
     if value is None or isinstance(value, list | dict):
         if type(value) not in kinds:
             raise TypeError
-        return value
-    if isinstance(value, bool):  # YAML takes the word no for one
-        value = "yes" if value else "no"
+        return [_read(x, set(), str, several=False) for x in value] if isinstance(value, list) else value
     return read(str(value))
 
 
@@ -197,15 +200,3 @@ def _find(config: Path, stage: str) -> Path:
     if str(config) not in ready:
         raise UserError(f"there is no configuration {str(config)!r}: give a YAML file or one of {', '.join(ready)}")
     return ready[str(config)]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"the configuration {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"the configuration {path} holds no keys: write one key: value a line")
-    return content

@@ -229,9 +229,10 @@ def test_values_of_a_file_are_read_as_on_the_command_line(tmp_path: Path) -> Non
 
 
 def assert_refused(kind: type[TrainingArguments], folder: Path, line: str, message: str) -> None:
-    """A configuration with this line is, in one sentence that says so."""
+    """A configuration with this line, in place of one with the same key, is, in one sentence that says so."""
     path = folder / "config.yaml"
-    path.write_text(NEEDED + line + "\n")
+    kept = [other for other in NEEDED.splitlines() if other.split(":")[0] != line.split(":")[0]]
+    path.write_text("\n".join([*kept, line]) + "\n")
     with pytest.raises(UserError, match=message) as caught:
         read_arguments(kind, path)
     assert "\n" not in str(caught.value)
