@@ -135,9 +135,9 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
     stage = load_model(arguments, head=True)
     length = within_positions(stage.model, arguments.max_seq_length)
     datasets = {
-        name: Sequences(_tokens(files, stage.tokenizer, arguments, length), arguments.seed_of_data)
-        for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
-        if files
+        name: Sequences(_tokens(name, stage.tokenizer, arguments, length), arguments.seed_of_data)
+        for name in ("train", "validation")
+        if getattr(arguments, f"{name}_file")
     }
     trainer = MntpTrainer(
         stage.model,
@@ -153,11 +153,10 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
     return run(trainer, arguments, stage)
 
 
-def _tokens(
-    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments, length: int
-) -> HubDataset:
+def _tokens(name: str, tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments, length: int) -> HubDataset:
+    files = getattr(arguments, f"{name}_file")
     with arguments.main_process_first(desc="tokenising"):  # the others read what it has put on disk
-        texts = read_texts_of(arguments, files)
+        texts = read_texts_of(arguments, files, validation=name == "validation")
         return tokenise(texts, tokenizer, length, line_by_line=arguments.line_by_line)
 
 

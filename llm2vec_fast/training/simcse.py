@@ -50,7 +50,7 @@ def train_simcse(arguments: SimcseArguments, callbacks: Sequence[TrainerCallback
     """
     with arguments.main_process_first(desc="reading texts"):  # the others read what it has put on disk
         texts = {
-            name: Numbered(read_texts_of(arguments, files))
+            name: Numbered(read_texts_of(arguments, files, validation=name == "validation"))
             for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
             if files
         }

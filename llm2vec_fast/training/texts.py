@@ -67,12 +67,12 @@ def read_texts(
     return texts.select_columns(["text"])
 
 
-def read_texts_of(arguments: MntpArguments | SimcseArguments, files: Sequence[str]) -> Dataset:
-    """`read_texts` of a stage; one process of several speaks."""
+def read_texts_of(arguments: MntpArguments | SimcseArguments, files: Sequence[str], *, validation: bool) -> Dataset:
+    """`read_texts` of a stage's training or validation files; one process of several speaks."""
     settings = {"text_column": arguments.text_column, "csv": arguments.csv, "exclude": [Path(arguments.output_dir)]}
     if arguments.process_index:
         return read_texts(files, **settings, notify=lambda sentence: None)
-    return read_texts(files, **settings, listing=arguments.listing(validation=files is arguments.validation_file))
+    return read_texts(files, **settings, listing=arguments.listing(validation=validation))
 
 
 def cached(generate: Callable[..., Iterator[dict[str, Any]]], features: Features, **arguments: Any) -> Dataset:
