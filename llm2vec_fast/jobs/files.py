@@ -131,6 +131,12 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sync_file(path: Path) -> None:
+    """Wait until a file that is already written is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in ``folder`` survive a power cut, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):

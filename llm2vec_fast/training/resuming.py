@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.data.inputs import find_inputs, printable
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.jobs.files import replace_json, sha256_of
 from llm2vec_fast.loading import ADAPTER_WEIGHTS
-from llm2vec_fast.saving import write_json
-from llm2vec_fast.training.checkpoints import is_whole, last_checkpoint
+from llm2vec_fast.training.checkpoints import checkpoints_in, damage_of, lack_of, ranks_of, set_aside, was_finished
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"  # of which run the output folder is
 # Of transformers' settings those that decide the weights, but for how long and at which rate training goes on.
@@ -38,33 +41,125 @@ _RESULTS = (ADAPTER_WEIGHTS, "model*.safetensors", "head.safetensors")
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
     """The checkpoint to go on from, or None to begin; from now on the output folder is this run's.
 
+    The first process chooses, for all of them. What it passes over, and what is later than its choice, is renamed.
+
     Args:
         arguments: of a stage. ``resume_from_checkpoint`` names a checkpoint of any run.
 
     Raises:
         UserError: the output folder is a model or an adapter that training starts from, or another run's; or the
-            checkpoint named is none.
+            checkpoint named is not whole; or there are checkpoints and none of them is.
     """
-    folder = Path(arguments.output_dir)
+    chosen: list[Any] = [None, None]
+    if arguments.process_index == 0:
+        try:
+            chosen[0] = _chosen(arguments)
+        except UserError as error:
+            chosen[1] = error
+    if dist.is_initialized():  # alone, each would choose by what its machine has
+        dist.broadcast_object_list(chosen)
+    if chosen[1] is not None:
+        raise chosen[1]
+    if chosen[0] is not None and (fault := damage_of(Path(chosen[0]), read=False)):
+        raise UserError(f"{chosen[0]} is not the same on every machine, {fault}: give a folder that all of them share")
+    return chosen[0]
+
+
+def _chosen(arguments: TrainingArguments) -> str | None:
+    folder, named = Path(arguments.output_dir), arguments.resume_from_checkpoint
     _refuse_inputs(folder, arguments)
-    named = arguments.resume_from_checkpoint
-    if named is not None and not is_whole(Path(named)):
-        raise UserError(f"resume_from_checkpoint={named} is no whole checkpoint: name a checkpoint-N folder of a run")
-    last = named or last_checkpoint(folder)
-    if arguments.process_index == 0:  # the first process writes; where it refuses, its launcher ends the others
-        asked = _settings(arguments)
-        if named is None:
-            _refuse_other_run(folder, asked, last)
-        _write(folder, asked)
-    return last
+    asked = _settings(arguments)
+    if named is not None:
+        last, faults = Path(str(named)), {}
+        if fault := _fault(last, arguments):
+            raise UserError(
+                f"resume_from_checkpoint={named} is no whole checkpoint, {fault}: name another checkpoint-N folder of "
+                "a run"
+            )
+    else:
+        last, faults = _newest_whole(folder, arguments)
+        _refuse_other_run(folder, asked, last)
+        if last is None:
+            _refuse_to_begin_over(folder, faults)
+    _pass_over(folder, last, faults)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_json(folder / RUN_FILE, asked)
+    if last is not None and ranks_of(last) not in (0, arguments.world_size):
+        logger.warning(
+            "%d processes wrote %s and %d go on: its weights, optimizer and schedule are taken, but what is drawn at "
+            "random, such as dropout, is not what it would have been", ranks_of(last), last, arguments.world_size,
+        )  # fmt: skip
+    if arguments.save_only_model:
+        logger.warning(
+            "save_only_model=True saves weights alone: no checkpoint of this run can be gone on from, so if it is "
+            "interrupted its steps are lost; leave it out to be able to"
+        )
+    return None if last is None else str(last)
+
+
+def _newest_whole(folder: Path, arguments: TrainingArguments) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that training can go on from, and what is wrong with those after it."""
+    faults: dict[Path, str] = {}
+    for path in checkpoints_in(folder):
+        fault = _fault(path, arguments)
+        if fault is None:
+            return path, faults
+        faults[path] = fault
+    return None, faults
+
+
+def _fault(checkpoint: Path, arguments: TrainingArguments) -> str | None:
+    """Why training cannot go on from a checkpoint as if nothing had interrupted it, or None."""
+    fault = damage_of(checkpoint) or (_fault_of_best(checkpoint) if arguments.load_best_model_at_end else None)
+    if fault is not None or (is_done(arguments, str(checkpoint)) and not is_sharded(arguments)):
+        return fault  # of the last step nothing but the weights is needed
+    return lack_of(checkpoint)
+
+
+def _fault_of_best(checkpoint: Path) -> str | None:
+    best = _state_of(checkpoint).best_model_checkpoint
+    fault = damage_of(Path(best)) if best else None
+    return fault and f"its best checkpoint {best} cannot be loaded at the end ({fault}; load_best_model_at_end=False)"
+
+
+def _refuse_to_begin_over(folder: Path, faults: Mapping[Path, str]) -> None:
+    """Where checkpoints were finished, and then damaged or without what training goes on from."""
+    told = [f"{path.name}: {fault}" for path, fault in faults.items() if was_finished(path)]
+    if told:
+        adapter = any((path / ADAPTER_WEIGHTS).exists() for path in faults)
+        last_in = ", or put one last in peft_model_name_or_path, with continue_adapter=True and another output_dir"
+        raise UserError(
+            f"{folder} has checkpoints and training can go on from none of them ({'; '.join(told)}): remove them to "
+            f"begin anew{last_in if adapter else ''}"
+        )
+
+
+def _pass_over(folder: Path, last: Path | None, faults: Mapping[Path, str]) -> None:
+    """Take what is not gone on from out of the way of later checkpoints, and say so."""
+    step = 0 if last is None else _state_of(last).global_step
+    for path in checkpoints_in(folder):
+        if int(path.name.rsplit("-", 1)[1]) < step or (last is not None and path.resolve() == last.resolve()):
+            continue
+        place = set_aside(path)
+        fault = faults.get(path, f"it is later than {last}")
+        logger.warning("%s is passed over, %s; it is now %s", path, fault, place.name if place else "removed")
 
 
 def is_done(arguments: TrainingArguments, checkpoint: str) -> bool:
     """Whether a checkpoint is of the last step that is asked for, or a later one."""
-    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    state = _state_of(Path(checkpoint))
     if arguments.max_steps > 0:
         return state.global_step >= arguments.max_steps
     return round(state.epoch or 0, 6) >= arguments.num_train_epochs
+
+
+def is_sharded(arguments: TrainingArguments) -> bool:
+    """Whether checkpoints hold weights in parts, which load into what trains only."""
+    return bool(arguments.fsdp or arguments.deepspeed)
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def _refuse_inputs(folder: Path, arguments: TrainingArguments) -> None:
@@ -75,8 +170,8 @@ def _refuse_inputs(folder: Path, arguments: TrainingArguments) -> None:
                 raise UserError(f"output_dir={folder} is {name}, too, and would be overwritten: give another folder")
 
 
-def _refuse_other_run(folder: Path, asked: dict[str, Any], last: str | None) -> None:
-    left = [Path(last)] if last else [path for pattern in _RESULTS for path in sorted(folder.glob(pattern))]
+def _refuse_other_run(folder: Path, asked: dict[str, Any], last: Path | None) -> None:
+    left = [last] if last else [path for pattern in _RESULTS for path in sorted(folder.glob(pattern))]
     if not left:
         return
     try:
@@ -96,14 +191,16 @@ def _refuse_other_run(folder: Path, asked: dict[str, Any], last: str | None) -> 
 
 
 def _settings(arguments: TrainingArguments) -> dict[str, Any]:
-    """What decides the weights, as JSON has it; of training files their names and sizes, of adapters their contents."""
+    """What decides the weights, as JSON has it; training files and adapters by their contents."""
     stock = {item.name for item in dataclasses.fields(TrainingArguments)}
     own = [item.name for item in dataclasses.fields(arguments) if item.name not in stock | _FREE]
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     settings = {"stage": arguments.STAGE, "sequences_of_a_step": batch}
     settings |= {name: getattr(arguments, name, None) for name in (*own, *_DECISIVE)}
     files = [path for x in arguments.train_file for path in _files(x, Path(arguments.output_dir))]
-    settings["train_file"] = [f"{printable(path.name)} of {path.stat().st_size:,} bytes" for path in files]
+    settings["train_file"] = [
+        f"{printable(path.name)} of {path.stat().st_size:,} bytes{_digest(path)}" for path in files
+    ]
     settings["peft_model_name_or_path"] = list(map(_adapter, _several(arguments.peft_model_name_or_path)))
     return json.loads(json.dumps(settings, default=lambda x: getattr(x, "value", None) or str(x)))
 
@@ -120,13 +217,8 @@ def _several(given: str | list[str] | None) -> Iterator[str]:
 
 def _adapter(given: str) -> str:
     weights = Path(adapter_source(given)) / ADAPTER_WEIGHTS
-    return (
-        f"{given} with SHA-256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}" if weights.is_file() else given
-    )
+    return f"{given}{_digest(weights)}" if weights.is_file() else given
 
 
-def _write(folder: Path, settings: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f"{RUN_FILE}.tmp"
-    write_json(beside, settings)
-    beside.replace(folder / RUN_FILE)
+def _digest(path: Path) -> str:
+    return f" with SHA-256 {sha256_of(path)[:12]}"

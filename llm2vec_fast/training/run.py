@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,18 @@ import psutil
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import StageArguments
-from llm2vec_fast.training.checkpoints import last_checkpoint, told_if_unwritable, whole_or_gone
+from llm2vec_fast.training.checkpoints import complete, last_checkpoint, told_if_unwritable, whole_or_gone
 from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.models import StageModel
 from llm2vec_fast.training.output import save_encoder
-from llm2vec_fast.training.resuming import checkpoint_to_resume, is_done
+from llm2vec_fast.training.resuming import checkpoint_to_resume, is_done, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,21 @@ class StageTrainer(Trainer):
         """Whether it is so in every process; one that stopped alone would leave the others waiting or training on."""
         return bool(self.accelerator.gather(torch.tensor([int(here)], device=self.args.device)).min())
 
+    def get_train_dataloader(self) -> DataLoader:
+        """See transformers' Trainer."""
+        return self._drawing_apart(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """See transformers' Trainer."""
+        return self._drawing_apart(super().get_eval_dataloader(eval_dataset))
+
+    def _drawing_apart(self, loader: DataLoader) -> DataLoader:
+        """Workers that persist get their seed once a run, and again when it goes on: that must not move dropout's."""
+        if self.args.dataloader_persistent_workers:
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+            inner.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
     def _checkpoint_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
@@ -92,8 +110,14 @@ class StageTrainer(Trainer):
         return {"peak_memory_mib": round(peak_bytes(self.args.device) / 2**20)}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with whole_or_gone(self._checkpoint_folder()):
-            super()._save_checkpoint(model, trial)
+        folder, state = self._checkpoint_folder(), self.state
+        # transformers calls it when all else is written, and removes older checkpoints after that.
+        state.save_to_json = lambda _: complete(folder, partial(TrainerState.save_to_json, state))
+        try:
+            with whole_or_gone(folder):
+                super()._save_checkpoint(model, trial)
+        finally:
+            del state.save_to_json
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -132,23 +156,18 @@ def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> 
             write_arguments(arguments, folder)
         _tell_of_sharding(trainer)
         result = trained(trainer, arguments, last)
+        save_encoder(trainer, arguments, stage)  # first: with bf16_full_eval evaluation rounds the weights in place
         if arguments.validation_file:
             scores = trainer.evaluate()
             trainer.save_metrics("eval", scores)
             result = result._replace(metrics={**result.metrics, **scores})
-        save_encoder(trainer, arguments, stage)
     return result
 
 
 def trained(trainer: StageTrainer, arguments: StageArguments, last: str | None) -> TrainOutput:
     """Train from a checkpoint on, or from the beginning; or take the run that the checkpoint is the end of."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # their checkpoints load into what trains
-    if last is not None and is_done(arguments, last) and not sharded:
+    if last is not None and is_done(arguments, last):
         return _trained_before(trainer, last)
-    return _trained_now(trainer, last)
-
-
-def _trained_now(trainer: StageTrainer, last: str | None) -> TrainOutput:
     if last is not None and trainer.is_world_process_zero():
         logger.warning("goes on from %s", last)
     result = trainer.train(resume_from_checkpoint=last)
@@ -163,10 +182,31 @@ def _trained_before(trainer: StageTrainer, last: str) -> TrainOutput:
     if trainer.is_world_process_zero():
         logger.warning("%s is the end of this run: nothing is trained", last)
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    trainer._load_from_checkpoint(best or last)
+    if is_sharded(trainer.args):
+        _load_sharded(trainer, best or last)
+    else:
+        trainer._load_from_checkpoint(best or last)
     kept = Path(trainer.args.output_dir, "train_results.json")
     metrics = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     return TrainOutput(trainer.state.global_step, metrics.get("train_loss", math.nan), metrics)
+
+
+class _Loaded(Exception):  # noqa: N818 - it is none
+    """Weights are loaded, and no step is taken yet."""
+
+
+class _StopOnceLoaded(TrainerCallback):
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        raise _Loaded
+
+
+def _load_sharded(trainer: StageTrainer, checkpoint: str) -> None:
+    """Load weights in parts, which transformers does for training alone."""
+    trainer.add_callback(_StopOnceLoaded)
+    with suppress(_Loaded):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.remove_callback(_StopOnceLoaded)
+    trainer.is_in_train = False
 
 
 def _tell_of_sharding(trainer: StageTrainer) -> None:

@@ -324,15 +324,6 @@ def test_every_writers_error_is_told(tmp_path: Path, save: Callable[[Path], None
     assert not folder.exists()
 
 
-def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
-    for step, state in ((2, "{}"), (10, "{}"), (30, '{"global_st'), (40, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-
-
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [

@@ -26,10 +26,15 @@ from llm2vec_fast.training import (
 )
 
 # Of each stage what is drawn at random is on; two epochs and more; a learning rate that changes with every step.
+_WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
 STAGES = {
     "mntp": (MntpArguments, train_mntp, {"mask_token_type": "eos", "line_by_line": True}),
     "simcse": (SimcseArguments, train_simcse, {"attention_dropout": 0.3, "learn_scale": True}),
-    "contrastive": (ContrastiveArguments, train_contrastive, {"attention_dropout": 0.3, "token_budget": 200}),
+    "contrastive": (
+        ContrastiveArguments,
+        train_contrastive,
+        {"attention_dropout": 0.3, "token_budget": 200, **_WORKERS},
+    ),
     "word-level": (WordLevelArguments, train_word_level, {"classifier_dropout": 0.3}),
 }
 STEPS, SAVED = 16, 4

@@ -64,7 +64,9 @@ def test_other_texts_and_another_stage_are_another_run(settings: Settings, corpu
         train_simcse(SimcseArguments(**settings()))
     with Path(corpus).open("a") as file:
         file.write("one more text\n")
-    with pytest.raises(UserError, match=r"\(train_file \['corpus.txt of [\d,]+ bytes'\] -> \['corpus.txt of"):
+    with pytest.raises(
+        UserError, match=r"\(train_file \['corpus.txt of [\d,]+ bytes with SHA-256 \w+'\] -> \['corpus.txt of"
+    ):
         train_mntp(MntpArguments(**settings()))
 
 
