@@ -78,16 +78,16 @@ def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) 
     if trainer.is_world_process_zero():
         write_arguments(arguments, folder)
     result = trained(trainer, arguments, last)
+    if trainer.is_world_process_zero():  # first: with bf16_full_eval evaluation rounds the weights in place
+        head = trainer.accelerator.unwrap_model(trainer.model)
+        save_head(head, labels, arguments.retroactive_labels, encoder, folder)
     for name in ("validation", "test"):
         if name in words:
             scores = trainer.scores(words[name], sentences[name], labels, name)
             trainer.save_metrics(name, scores)
             result = result._replace(metrics={**result.metrics, **scores})
-    if trainer.is_world_process_zero():
-        head = trainer.accelerator.unwrap_model(trainer.model)
-        save_head(head, labels, arguments.retroactive_labels, encoder, folder)
-        if arguments.features_folder is None:
-            shutil.rmtree(_features_folder(arguments), ignore_errors=True)
+    if trainer.is_world_process_zero() and arguments.features_folder is None:
+        shutil.rmtree(_features_folder(arguments), ignore_errors=True)
     return result
 
 
@@ -131,7 +131,8 @@ class WordLevelTrainer(StageTrainer):
         """Loss, best label of each word, and labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            scores = model(inputs["features"])
+            features = inputs["features"].to(next(model.parameters()).dtype)  # bf16_full_eval casts the head
+            scores = model(features).float()
         return _loss(scores, inputs["labels"]), scores.argmax(1), inputs["labels"]
 
     def scores(self, words: Words, sentences: Sequence[Sentence], labels: Sequence[str], name: str) -> dict[str, float]:
