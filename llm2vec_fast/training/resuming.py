@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"  # of which run the output folder is
 # Of transformers' settings those that decide the weights, but for how long and at which rate training goes on.
 _DECISIVE = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "data_seed", "fp16", "label_smoothing_factor",
-    "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "neftune_noise_alpha", "optim", "optim_args", "seed",
-    "warmup_ratio", "warmup_steps", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "average_tokens_across_devices", "bf16", "data_seed",
+    "dataloader_drop_last", "fp16", "label_smoothing_factor", "lr_scheduler_kwargs", "lr_scheduler_type",
+    "max_grad_norm", "neftune_noise_alpha", "optim", "optim_args", "optim_target_modules", "seed",
+    "train_sampling_strategy", "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
 # Of ours those that do not, or that a restart may have reason to change.
 _FREE = {

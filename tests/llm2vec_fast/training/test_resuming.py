@@ -45,6 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ({"seed": 7}, "seed 42 -> 7"),
         ({"weight_decay": 0.1}, "weight_decay 0.0 -> 0.1"),
         ({"lora_r": 4}, "lora_r 16 -> 4"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last False -> True"),
         ({"gradient_accumulation_steps": 2}, "sequences_of_a_step 8 -> 16"),
         ({"peft_model_name_or_path": ["other"]}, r"peft_model_name_or_path \[\] -> \['other'\]"),
     ],
