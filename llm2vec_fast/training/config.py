@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -50,6 +52,8 @@ def read_arguments(kind: type[Arguments], config: str | Path | None, overrides: 
             _require_known(key, names, "the command line")
         if key in several and asked.count(key) > 1:
             raise UserError(f"--{key} comes twice on the command line: give all its values after one")
+    for word in overrides:
+        _require_once(word.partition("=")[2] if word.startswith("--") else word)
     if _goes_by_epochs(asked, given):
         given[_STEPS] = -1
     parser.set_defaults(**_typed(given, parser, kind, f"the file {config}"))
@@ -191,6 +195,20 @@ def _require_known(key: str, names: set[str], place: str) -> None:
     near = difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {near[0]}?" if near else _HINT
     raise UserError(f"{place} has an unknown key {key!r}: {hint}")
+
+
+def _require_once(text: str) -> None:
+    """Each key of a JSON object on the command line, of which Python takes the last."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise UserError(f"{text} on the command line has {twice} twice: leave one of them out")
+        return dict(pairs)
+
+    if text.startswith("{"):
+        with suppress(ValueError):  # no JSON: whatever reads it says so
+            json.loads(text, object_pairs_hook=once)
 
 
 def _find(config: Path, stage: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -36,6 +37,8 @@ _FREE = {
     "features_folder", "saved_rank", "test_file", "token_budget", "validation_document_instruction", "validation_file",
     "validation_query_instruction",
 }  # fmt: skip
+_MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
+_SAMPLES, _SAMPLE = 64, 1 << 18  # how many of a file, and the bytes of each
 _RESULTS = (ADAPTER_WEIGHTS, "model*.safetensors", "head.safetensors")
 
 
@@ -192,7 +195,7 @@ def _refuse_other_run(folder: Path, asked: dict[str, Any], last: Path | None) ->
 
 
 def _settings(arguments: TrainingArguments) -> dict[str, Any]:
-    """What decides the weights, as JSON has it; training files and adapters by their contents."""
+    """What decides the weights, as JSON has it; files, models and adapters by their contents."""
     stock = {item.name for item in dataclasses.fields(TrainingArguments)}
     own = [item.name for item in dataclasses.fields(arguments) if item.name not in stock | _FREE]
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -202,6 +205,7 @@ def _settings(arguments: TrainingArguments) -> dict[str, Any]:
     settings["train_file"] = [
         f"{printable(path.name)} of {path.stat().st_size:,} bytes{_digest(path)}" for path in files
     ]
+    settings["model_name_or_path"] = _model(str(arguments.model_name_or_path))
     settings["peft_model_name_or_path"] = list(map(_adapter, _several(arguments.peft_model_name_or_path)))
     return json.loads(json.dumps(settings, default=lambda x: getattr(x, "value", None) or str(x)))
 
@@ -219,6 +223,21 @@ def _several(given: str | list[str] | None) -> Iterator[str]:
 def _adapter(given: str) -> str:
     weights = Path(adapter_source(given)) / ADAPTER_WEIGHTS
     return f"{given}{_digest(weights)}" if weights.is_file() else given
+
+
+def _model(given: str) -> str:
+    """A local model by samples of its files: weights that were trained anew differ in all of them."""
+    path = Path(given).expanduser()
+    files = [path] if path.is_file() else sorted(found for name in _MODEL_FILES for found in path.glob(name))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as weights:
+            for place in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+                weights.seek(place)
+                digest.update(weights.read(_SAMPLE))
+    return f"{given} with samples of SHA-256 {digest.hexdigest()[:12]}" if files else given
 
 
 def _digest(path: Path) -> str:

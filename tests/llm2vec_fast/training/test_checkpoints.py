@@ -276,3 +276,15 @@ def test_texts_that_were_edited_to_the_same_size_are_another_run_and_copied_ones
     os.utime(texts, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(UserError, match=r"other settings \(train_file \['texts.txt of .* SHA-256 \w+'\] -> \['texts"):
         checkpoint_to_resume(options(cut))
+
+
+def test_a_model_that_was_trained_anew_in_its_place_is_another_run(cut: Path) -> None:
+    model = cut.parent / "model"
+    shutil.copytree(FOLDER / "llama", model)
+    some = {"model_name_or_path": str(model), "resume_from_checkpoint": str(cut / "checkpoint-4")}
+    checkpoint_to_resume(options(cut, **some))
+    shutil.copystat(FOLDER, model)
+    assert checkpoint_to_resume(options(cut, model_name_or_path=str(model))) == str(cut / "checkpoint-4")
+    flip(model / "model.safetensors")
+    with pytest.raises(UserError, match=r"\(model_name_or_path .*model with samples of SHA-256 \w+ -> .*model with"):
+        checkpoint_to_resume(options(cut, model_name_or_path=str(model)))

@@ -111,6 +111,14 @@ def test_a_list_given_twice_on_the_command_line_is_refused(tmp_path: Path) -> No
         read_arguments(MntpArguments, None, words)
 
 
+@pytest.mark.parametrize("form", ["--lr_scheduler_kwargs={}", "--lr_scheduler_kwargs {}"])
+def test_a_key_given_twice_in_an_object_on_the_command_line_is_refused(form: str) -> None:
+    words = ["--model_name_or_path", "m", "--output_dir", "o", "--train_file", "a"]
+    option = form.format('{"a":{"b":1,"b":2}}').split()
+    with pytest.raises(UserError, match="on the command line has b twice: leave one of them out"):
+        read_arguments(MntpArguments, None, [*words, *option])
+
+
 STRINGS = (
     "010", "0o17", "0x1F", "1_000", "1e3", "1:30", ".5", ".inf", "null", "~", "", "no", "on", "true", "2024-01-01",
     "<<", "=", "a: b #c", " x ", "- a", "é\n  z\n", "'\"", "*a", "&a", "!a", "%", "@", "\\", "\ufeff", "\x00",
