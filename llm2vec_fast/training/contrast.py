@@ -23,7 +23,7 @@ from llm2vec_fast.tokenization import TextTokenizer
 from llm2vec_fast.training.arguments import EmbeddingArguments
 from llm2vec_fast.training.embedding import LOG_SCALE, Embedded, embedding_model
 from llm2vec_fast.training.models import StageModel, load_model
-from llm2vec_fast.training.run import ROWS, StageTrainer
+from llm2vec_fast.training.run import ROWS, StageTrainer, means
 from llm2vec_fast.training.sampling import NextEpoch, OneSetAtATime
 
 logger = logging.getLogger(__name__)
@@ -68,18 +68,24 @@ class ContrastiveTrainer(StageTrainer):
                 "smaller per_device_train_batch_size", arguments.train_file[place], sizes[place], batch,
             )  # fmt: skip
         told = [x for x in (self._sampler, kwargs["train_dataset"]) if hasattr(x, "epoch")]
-        super().__init__(stage.model, arguments, callbacks=[NextEpoch(*told), *callbacks], **kwargs)
+        super().__init__(
+            stage.model, arguments, callbacks=[NextEpoch(*told), *callbacks], compute_metrics=means, **kwargs
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, None]:
         """The contrastive loss of a batch, times the number of ranks: of gradients, ranks take the mean."""
-        layout = SequenceLayout.from_lengths(inputs["lengths"])
-        embedded: Embedded = model(input_ids=inputs["input_ids"], layout=layout, skip=inputs["skip"], embed=True)
+        embedded, count = self._embedded(model, inputs)
         self._scale = None if embedded.scale is None else embedded.scale.detach()
-        count = int(inputs[QUERIES])
         loss = self._loss(embedded, count, inputs[IDS]) * self.args.world_size
         return (loss, None) if return_outputs else loss
+
+    def _embedded(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Embedded, int]:
+        """A batch's embeddings, and how many of them are queries'."""
+        layout = SequenceLayout.from_lengths(inputs["lengths"])
+        embedded = model(input_ids=inputs["input_ids"], layout=layout, skip=inputs["skip"], embed=True)
+        return embedded, int(inputs[QUERIES])
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """A line of the log, with the scale where it is learned."""
@@ -115,14 +121,35 @@ class ContrastiveTrainer(StageTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, None, None]:
-        """The loss of an evaluation batch."""
+    ) -> tuple[None, dict[str, Tensor], Tensor]:
+        """The loss of a batch of all processes times this one's queries, and their number.
+
+        Here a process may have no row of a batch, which `contrastive_loss` allows in none of a group: without gradients
+        each has all rows instead.
+        """
         inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != ROWS})
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs) / self.args.world_size, None, None
+            embedded, count = self._embedded(model, inputs)
+            queries = torch.tensor([count], device=self.args.device)
+            loss = self._loss(*self._of_all(embedded, count, inputs[IDS]), whole=True)
+        return None, {"loss": loss * queries}, queries
 
-    def _loss(self, embedded: Embedded, count: int, ids: Tensor) -> Tensor:
-        """The mean over the Matryoshka widths by their weights; over the whole width if there are none."""
+    def _of_all(self, embedded: Embedded, count: int, ids: Tensor) -> tuple[Embedded, int, Tensor]:
+        """The batch of all processes as one would have it: their queries, their documents, their hard negatives."""
+        rows = embedded.rows[: count + len(ids)]  # none where the one text stands for no row
+        kinds = torch.full([len(rows)], 2, device=rows.device)
+        kinds[: 2 * count] = torch.arange(2, device=rows.device).repeat_interleave(count)
+        things = torch.cat([ids.new_zeros(count), ids])
+        gathered = (self.accelerator.pad_across_processes(x, pad_index=-1) for x in (kinds, rows, things))
+        kinds, rows, things = (self.accelerator.gather(x) for x in gathered)
+        order = torch.cat([(kinds == kind).nonzero().flatten() for kind in range(3)])
+        count = int((kinds == 0).sum())
+        return Embedded(rows[order], embedded.scale), count, things[order][count:]
+
+    def _loss(self, embedded: Embedded, count: int, ids: Tensor, *, whole: bool = False) -> Tensor:
+        """The mean over the Matryoshka widths by their weights; over the whole width if there are none. ``whole`` if
+        the rows are those of all processes."""
+        group = dist.group.WORLD if self.args.world_size > 1 and not whole else None
         widths = self.args.matryoshka_dims or [embedded.rows.shape[1]]
         weights = self.args.matryoshka_weights or [1.0] * len(widths)
         losses = [
@@ -131,7 +158,7 @@ class ContrastiveTrainer(StageTrainer):
                 scale=self.args.scale if embedded.scale is None else embedded.scale, ids=ids,
                 symmetric=self.args.symmetric, query_negatives=self.args.query_negatives,
                 false_negative_margin=self.args.false_negative_margin,
-                group=dist.group.WORLD if self.args.world_size > 1 else None,
+                group=group,
             )
             for width in widths
         ]  # fmt: skip

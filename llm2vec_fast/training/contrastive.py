@@ -20,6 +20,7 @@ from llm2vec_fast.training.contrast import IDS, QUERIES, ContrastiveTrainer, loa
 from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.pairs import Pairs
 from llm2vec_fast.training.run import ROWS, run
+from llm2vec_fast.training.sampling import present
 
 
 class PairCollator:
@@ -28,8 +29,9 @@ class PairCollator:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Tensor]:
         """A batch of `ContrastiveTrainer`."""
+        rows = present(rows)
         texts = [row["query"] for row in rows] + [row["positive"] for row in rows]
         ids = [row["ids"][0] for row in rows]
         for row in rows:
@@ -38,7 +40,7 @@ class PairCollator:
         return {
             **pack(self._tokenizer, texts),
             QUERIES: torch.tensor(len(rows)),
-            IDS: torch.tensor(ids),
+            IDS: torch.tensor(ids, dtype=torch.int64),
             ROWS: torch.tensor([row["row"] for row in rows]),
         }
 

@@ -16,7 +16,7 @@ from llm2vec_fast.data.pairs import PairColumns, same_things
 from llm2vec_fast.data.reading import check_heads, rows_of
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import NEGATIVE_COLUMNS, ContrastiveArguments
-from llm2vec_fast.training.sampling import DrawnAnew
+from llm2vec_fast.training.sampling import NO_ROW, DrawnAnew
 from llm2vec_fast.training.texts import PLACE, cached, places_of, tell_left_out, whole_rows
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,11 @@ class Pairs(DrawnAnew):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """``query``, ``positive`` and ``negatives`` as (instruction, text) pairs, ``ids`` of the documents, ``row``."""
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        """``query``, ``positive`` and ``negatives`` as (instruction, text) pairs, ``ids`` of the documents, ``row``;
+        None for `NO_ROW`."""
+        if index == NO_ROW:
+            return None
         row, file = self._rows[index], int(np.searchsorted(self._ends, index, side="right"))
         rng = np.random.default_rng([self._seed, self.epoch, index])
         positive = row[_POSITIVE][int(rng.integers(len(row[_POSITIVE])))]

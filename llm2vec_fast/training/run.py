@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from torch.utils.data import DataLoader, Dataset
+from transformers import EvalPrediction, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -24,6 +26,7 @@ from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.models import StageModel
 from llm2vec_fast.training.output import save_encoder
 from llm2vec_fast.training.resuming import checkpoint_to_resume, is_done
+from llm2vec_fast.training.sampling import EverySetOnce, without_repeats
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +38,27 @@ class NonFiniteLossError(UserError):
 
 
 class StageTrainer(Trainer):
-    """transformers' Trainer, which stops at a loss that is not finite, and whose checkpoints are whole."""
+    """transformers' Trainer, which stops at a loss that is not finite, and whose checkpoints are whole.
+
+    In training and in evaluation every row counts once, however many processes share the rows. A stage's evaluation
+    step returns sums, (1,) each, by name, and in place of labels of how many items they are: see `means`.
+    """
 
     unit = "sequences"  # what ``rows`` of a batch are the numbers of
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers makes it, but no row comes twice: accelerate would fill the last batches up with rows."""
+        return without_repeats(super().get_train_dataloader())
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> EverySetOnce:
+        sizes = getattr(eval_dataset, "sizes", None) or [len(eval_dataset)]
+        processes = 1 if self.accelerator.split_batches else self.args.world_size  # that a batch is for
+        return EverySetOnce(sizes, self.args.eval_batch_size * processes)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """See transformers' Trainer."""
+        self.gather_function = self.accelerator.gather  # its own would cut off what it takes for repeated rows
+        return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass; ``rows`` names the batch's texts and does not go to the model.
@@ -116,6 +137,12 @@ class StageTrainer(Trainer):
             group["initial_lr"] = asked
         scheduler.base_lrs = [asked] * len(scheduler.base_lrs)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log tells
+
+
+def means(batches: EvalPrediction) -> dict[str, float]:
+    """Mean of each sum that an evaluation step returns, over all items of all batches and processes."""
+    count = max(1.0, float(batches.label_ids.sum(dtype=np.float64)))
+    return {name: float(x.sum(dtype=np.float64)) / count for name, x in batches.predictions.items()}
 
 
 def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> TrainOutput:

@@ -24,6 +24,7 @@ from llm2vec_fast.data.rows import Asked, LeftOut, Problem, Row, text_of
 from llm2vec_fast.errors import InputError, UserError
 from llm2vec_fast.jobs.files import json_bytes, replacing
 from llm2vec_fast.training.arguments import MntpArguments, SimcseArguments
+from llm2vec_fast.training.sampling import NO_ROW
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _texts(files: Sequence[InputFile], asked: Asked, csv: Csv, code: str) -> Ite
 
 
 class Numbered(torch.utils.data.Dataset):
-    """Rows of a dataset, each with its number under ``row``."""
+    """Rows of a dataset, each with its number under ``row``; None for `NO_ROW`."""
 
     def __init__(self, rows: Dataset) -> None:
         self._rows = rows
@@ -159,8 +160,8 @@ class Numbered(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self._rows[index], "row": index}
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        return None if index == NO_ROW else {**self._rows[index], "row": index}
 
 
 def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, line_by_line: bool) -> Dataset:

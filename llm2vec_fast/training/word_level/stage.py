@@ -24,7 +24,8 @@ from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.checkpoints import told_if_unwritable
 from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.resuming import checkpoint_to_resume
-from llm2vec_fast.training.run import ROWS, StageTrainer, trained
+from llm2vec_fast.training.run import ROWS, StageTrainer, means, trained
+from llm2vec_fast.training.sampling import NO_ROW
 
 from .arguments import LABEL_FROM, WordLevelArguments
 from .classifier import Head, save_head
@@ -72,6 +73,7 @@ def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) 
         eval_dataset=words.get("validation"),
         data_collator=_as_it_is,
         compute_loss_func=_loss,
+        compute_metrics=_mean_loss,
         callbacks=list(callbacks),
     )
     folder = Path(arguments.output_dir)
@@ -92,7 +94,8 @@ def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) 
 
 
 class Words(torch.utils.data.Dataset):
-    """Rows of features with the number of their label; those without features, cut from long sentences, left out."""
+    """Rows of features with the number of their label; those without features, cut from long sentences, left out.
+    Of `NO_ROW` there is none."""
 
     def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
         self._features, self._labels = features, labels
@@ -103,7 +106,7 @@ class Words(torch.utils.data.Dataset):
         return len(self.kept)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        rows = self.kept[np.asarray(indices)]
+        rows = self.kept[[index for index in indices if index != NO_ROW]]
         features = torch.from_numpy(self._features[rows].astype(np.float32))
         return {"features": features, "labels": torch.from_numpy(self._labels[rows]), ROWS: torch.from_numpy(rows)}
 
@@ -127,18 +130,26 @@ class WordLevelTrainer(StageTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, best label of each word, and labels."""
+    ) -> tuple[None, dict[str, Tensor], Tensor]:
+        """What the batch's labelled words lose, the rows of its words and their best labels; and how many are labelled.
+
+        Rows and best labels are as many in every batch, the last of them -1.
+        """
         inputs = self._prepare_inputs(inputs)
+        labels, rows = inputs["labels"], inputs[ROWS]
         with torch.no_grad(), self.compute_loss_context_manager():
             scores = model(inputs["features"])
-        return _loss(scores, inputs["labels"]), scores.argmax(1), inputs["labels"]
+        spare = self.args.eval_batch_size - len(labels)
+        best, rows = (F.pad(x, (0, spare), value=-1) for x in (scores.argmax(1), rows))
+        loss = F.cross_entropy(scores, labels, reduction="sum")
+        return None, {"loss": loss[None], "best": best, "rows": rows}, (labels >= 0).sum()[None]
 
     def scores(self, words: Words, sentences: Sequence[Sentence], labels: Sequence[str], name: str) -> dict[str, float]:
         """Accuracy and, of entities, F1; words that were cut off count as wrong."""
-        prediction: EvalPrediction = self.predict(words, metric_key_prefix=name)
+        found = self.predict(words, metric_key_prefix=name).predictions
         best = np.full(sum(len(sentence.words) for sentence in sentences), -1)
-        best[words.kept] = prediction.predictions
+        there = found["rows"] >= 0
+        best[found["rows"][there]] = found["best"][there]
         names = np.array([*labels, None], dtype=object)[best]
         ends = np.cumsum([len(sentence.words) for sentence in sentences])[:-1]
         found = word_scores([list(part) for part in np.split(names, ends)], [s.labels for s in sentences])
@@ -153,6 +164,10 @@ def _loss(scores: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | Non
     labels that training never saw, −100, are left out."""
     total = F.cross_entropy(scores, labels, reduction="sum")
     return total / ((labels >= 0).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _mean_loss(batches: EvalPrediction) -> dict[str, float]:
+    return means(EvalPrediction({"loss": batches.predictions["loss"]}, batches.label_ids))
 
 
 def _labelled_words(
