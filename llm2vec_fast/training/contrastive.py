@@ -21,6 +21,7 @@ from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.pairs import Pairs
 from llm2vec_fast.training.run import ROWS, run
 from llm2vec_fast.training.sampling import present
+from llm2vec_fast.training.vocabulary import require_rows_for
 
 
 class PairCollator:
@@ -61,6 +62,8 @@ def train_contrastive(arguments: ContrastiveArguments, callbacks: Sequence[Train
             if files
         }
     stage, tokenizer = load_embedding_model(arguments)
+    for some in pairs.values():
+        require_rows_for(some.texts(), tokenizer, stage.tokenizer, stage.model)
     trainer = ContrastiveTrainer(
         stage,
         arguments,

@@ -25,6 +25,7 @@ from llm2vec_fast.training.packing import filled
 from llm2vec_fast.training.run import ROWS, StageTrainer, means, run
 from llm2vec_fast.training.sampling import NO_ROW, DrawnAnew, NextEpoch, present
 from llm2vec_fast.training.texts import read_texts_of, tokenise
+from llm2vec_fast.training.vocabulary import embedding_rows
 
 
 class MntpCollator:
@@ -33,6 +34,10 @@ class MntpCollator:
     Args:
         tokenizer: gives the id that hides a token, and the vocabulary.
         masking, mask_token, probability: see `MntpArguments`.
+        rows: of the model's embedding, where the tokenizer may have more tokens.
+
+    Raises:
+        UserError: see `mask_id_of`.
     """
 
     def __init__(
@@ -41,9 +46,10 @@ class MntpCollator:
         masking: str = "default",
         mask_token: str = "blank",
         probability: float = 0.2,
+        rows: int | None = None,
     ) -> None:
-        self._mask_id = mask_id_of(tokenizer, mask_token)
-        self._vocabulary = len(tokenizer)
+        self._mask_id = mask_id_of(tokenizer, mask_token, rows)
+        self._vocabulary = len(tokenizer) if rows is None else min(len(tokenizer), rows)
         self._masking, self._probability = masking, probability
 
     def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Tensor]:
@@ -130,8 +136,12 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
     """
     stage = load_model(arguments, head=True)
     length = within_positions(stage.model, arguments.max_seq_length)
+    rows = embedding_rows(stage.model)
+    collator = MntpCollator(
+        stage.tokenizer, arguments.data_collator_type, arguments.mask_token_type, arguments.mlm_probability, rows
+    )
     datasets = {
-        name: Sequences(_tokens(files, stage.tokenizer, arguments, length), arguments.seed_of_data)
+        name: Sequences(_tokens(files, stage.tokenizer, arguments, length, rows), arguments.seed_of_data)
         for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
         if files
     }
@@ -140,9 +150,7 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
         arguments,
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("validation"),
-        data_collator=MntpCollator(
-            stage.tokenizer, arguments.data_collator_type, arguments.mask_token_type, arguments.mlm_probability
-        ),
+        data_collator=collator,
         compute_metrics=means,
         callbacks=[NextEpoch(datasets["train"]), *callbacks],
     )
@@ -150,8 +158,8 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
 
 
 def _tokens(
-    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments, length: int
+    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments, length: int, rows: int
 ) -> HubDataset:
     with arguments.main_process_first(desc="tokenising"):  # the others read what it has put on disk
         texts = read_texts_of(arguments, files)
-        return tokenise(texts, tokenizer, length, line_by_line=arguments.line_by_line)
+        return tokenise(texts, tokenizer, length, line_by_line=arguments.line_by_line, rows=rows)

@@ -55,6 +55,14 @@ class Pairs(DrawnAnew):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """All queries, documents and hard negatives, each with its instruction."""
+        for index, row in enumerate(self._rows):
+            file = int(np.searchsorted(self._ends, index, side="right"))
+            yield self._query_instructions[file], row[_QUERY]
+            for text in (*row[_POSITIVE], *row[_NEGATIVES]):
+                yield self._document_instructions[file], text
+
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         """``query``, ``positive`` and ``negatives`` as (instruction, text) pairs, ``ids`` of the documents, ``row``;
         None for `NO_ROW`."""

@@ -47,8 +47,19 @@ class StageTrainer(Trainer):
     unit = "sequences"  # what ``rows`` of a batch are the numbers of
 
     def get_train_dataloader(self) -> DataLoader:
-        """As transformers makes it, but no row comes twice: accelerate would fill the last batches up with rows."""
-        return without_repeats(super().get_train_dataloader())
+        """As transformers makes it, but no row comes twice: accelerate would fill the last batches up with rows.
+
+        Raises:
+            UserError: ``dataloader_drop_last`` leaves no batch.
+        """
+        loader = without_repeats(super().get_train_dataloader())
+        if not len(loader):
+            raise UserError(
+                f"dataloader_drop_last=True leaves no step: a batch takes {self.args.train_batch_size} {self.unit} in "
+                f"each of {self.args.world_size} processes, and there are {len(self.train_dataset):,}; give more, a "
+                "smaller per_device_train_batch_size, or dataloader_drop_last=False"
+            )
+        return loader
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> EverySetOnce:
         sizes = getattr(eval_dataset, "sizes", None) or [len(eval_dataset)]

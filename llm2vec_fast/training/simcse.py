@@ -22,6 +22,7 @@ from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.run import ROWS, run
 from llm2vec_fast.training.sampling import present
 from llm2vec_fast.training.texts import Numbered, read_texts_of
+from llm2vec_fast.training.vocabulary import require_rows_for
 
 
 class SimcseCollator:
@@ -57,6 +58,8 @@ def train_simcse(arguments: SimcseArguments, callbacks: Sequence[TrainerCallback
             if files
         }
     stage, tokenizer = load_embedding_model(arguments)
+    for some in texts.values():
+        require_rows_for(some.texts(), tokenizer, stage.tokenizer, stage.model)
     trainer = ContrastiveTrainer(
         stage,
         arguments,

@@ -25,11 +25,13 @@ from llm2vec_fast.errors import InputError, UserError
 from llm2vec_fast.jobs.files import json_bytes, replacing
 from llm2vec_fast.training.arguments import MntpArguments, SimcseArguments
 from llm2vec_fast.training.sampling import NO_ROW
+from llm2vec_fast.training.vocabulary import has_tokens_beyond, require_rows
 
 logger = logging.getLogger(__name__)
 
 SHORTEST = 2  # tokens: the first is predicted by none
 LISTED = 100_000  # rows left out that a file lists
+_AT_ONCE = 1000  # texts
 PLACE = {"problem": Value("string"), "file": Value("string"), "row": Value("int64"), "line": Value("int64")}
 
 
@@ -160,19 +162,26 @@ class Numbered(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """All texts, each with an instruction, of which there is none."""
+        return (("", text) for batch in self._rows.iter(_AT_ONCE) for text in batch["text"])
+
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         return None if index == NO_ROW else {**self._rows[index], "row": index}
 
 
-def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, line_by_line: bool) -> Dataset:
+def tokenise(
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, line_by_line: bool, rows: int | None = None
+) -> Dataset:
     """Sequences of at most ``max_length`` tokens in columns ``input_ids`` and ``special`` (1 on the tokenizer's own).
 
     Args:
         line_by_line: each text is a sequence, cut at ``max_length``; else 1,000 at a time are joined, in order, and cut
             into sequences of exactly that length, and what is left of them at the end is dropped.
+        rows: of the model's embedding.
 
     Raises:
-        UserError: no text is long enough.
+        UserError: no text is long enough, or one holds a token without a row.
     """
     tokenizer = copy.deepcopy(tokenizer)  # a call leaves its truncation behind, which would be saved with the model
 
@@ -189,6 +198,10 @@ def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 
     # The tokenizer takes part in the name under which datasets keeps the result: no other model will find it.
     tokens = texts.map(encode, batched=True, remove_columns=["text"], desc="tokenising")
+    if rows is not None and has_tokens_beyond(tokenizer, rows):
+        for start in range(0, len(texts), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            require_rows(texts[some]["text"], tokens[some]["input_ids"], tokenizer, rows)
     if line_by_line:
         tokens = tokens.filter(lambda batch: [len(ids) >= SHORTEST for ids in batch["input_ids"]], batched=True)
     else:
