@@ -24,7 +24,7 @@ from llm2vec_fast.training.models import load_model
 from llm2vec_fast.training.packing import filled
 from llm2vec_fast.training.run import ROWS, StageTrainer, means, run
 from llm2vec_fast.training.sampling import NO_ROW, DrawnAnew, NextEpoch, present
-from llm2vec_fast.training.texts import read_texts_of, tokenise
+from llm2vec_fast.training.texts import notifier, read_texts_of, tokenise
 from llm2vec_fast.training.vocabulary import embedding_rows
 
 
@@ -162,4 +162,6 @@ def _tokens(
 ) -> HubDataset:
     with arguments.main_process_first(desc="tokenising"):  # the others read what it has put on disk
         texts = read_texts_of(arguments, files)
-        return tokenise(texts, tokenizer, length, line_by_line=arguments.line_by_line, rows=rows)
+        return tokenise(
+            texts, tokenizer, length, line_by_line=arguments.line_by_line, rows=rows, notify=notifier(arguments)
+        )

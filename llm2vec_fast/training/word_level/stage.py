@@ -5,7 +5,6 @@ The encoder is frozen, so its outputs are computed once, and not in every epoch;
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,14 +25,13 @@ from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.resuming import checkpoint_to_resume
 from llm2vec_fast.training.run import ROWS, StageTrainer, means, trained
 from llm2vec_fast.training.sampling import NO_ROW
+from llm2vec_fast.training.texts import notifier
 
 from .arguments import LABEL_FROM, WordLevelArguments
 from .classifier import Head, save_head
 from .features import word_features
 from .scores import word_scores
 from .sentences import Sentence, read_sentences
-
-logger = logging.getLogger(__name__)
 
 _FEATURES = "features"  # a folder in the output folder while a run is under way
 
@@ -54,17 +52,25 @@ def train_word_level(arguments: WordLevelArguments, callbacks: Sequence[TrainerC
 def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) -> TrainOutput:
     last = checkpoint_to_resume(arguments)
     files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
+    notify = notifier(arguments)
     sentences = {
-        name: read_sentences(some, arguments.word_column, arguments.label_column)
+        name: read_sentences(some, arguments.word_column, arguments.label_column, notify)
         for name, some in files.items()
         if some
     }
     labels = sorted({label for sentence in sentences["train"] for label in sentence.labels})
     for name, some in sentences.items():
         unknown = sorted({label for sentence in some for label in sentence.labels} - set(labels))
-        if unknown and arguments.process_index == 0:
-            logger.warning("%s_file has labels that train_file has not: %s", name, ", ".join(unknown[:10]))
+        if unknown:
+            notify(f"{name}_file has labels that train_file has not: {', '.join(unknown[:10])}")
     words, encoder = _labelled_words(arguments, sentences, labels)
+    for name, some in words.items():
+        if some.left_out:
+            notify(
+                f"{some.left_out:,} of {len(some) + some.left_out:,} words of {name}_file have no token of their own: "
+                f"they are white space or beyond max_seq_length={arguments.max_seq_length}; they are not trained on, and "
+                "in scores they count as wrong"
+            )
     set_seed(arguments.seed)  # the head's first weights are random
     trainer = WordLevelTrainer(
         Head(words["train"].dimension, len(labels), arguments.classifier_dropout),
@@ -100,7 +106,7 @@ class Words(torch.utils.data.Dataset):
     def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
         self._features, self._labels = features, labels
         self.kept = np.flatnonzero(~np.isnan(features[:, 0]))
-        self.dimension = features.shape[1]
+        self.dimension, self.left_out = features.shape[1], len(features) - len(self.kept)
 
     def __len__(self) -> int:
         return len(self.kept)
