@@ -68,8 +68,8 @@ def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) 
         if some.left_out:
             notify(
                 f"{some.left_out:,} of {len(some) + some.left_out:,} words of {name}_file have no token of their own: "
-                f"they are white space or beyond max_seq_length={arguments.max_seq_length}; they are not trained on, and "
-                "in scores they count as wrong"
+                f"they are white space or beyond max_seq_length={arguments.max_seq_length}. They are not trained on, "
+                "and in scores they count as wrong"
             )
     set_seed(arguments.seed)  # the head's first weights are random
     trainer = WordLevelTrainer(
