@@ -67,6 +67,7 @@ class ContrastiveTrainer(StageTrainer):
                 "%s has %d rows and a batch takes %d: none of them is trained on; join it with another file, or give a "
                 "smaller per_device_train_batch_size", arguments.train_file[place], sizes[place], batch,
             )  # fmt: skip
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of some processes, by their ranks
         told = [x for x in (self._sampler, kwargs["train_dataset"]) if hasattr(x, "epoch")]
         super().__init__(
             stage.model, arguments, callbacks=[NextEpoch(*told), *callbacks], compute_metrics=means, **kwargs
@@ -122,34 +123,29 @@ class ContrastiveTrainer(StageTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, dict[str, Tensor], Tensor]:
-        """The loss of a batch of all processes times this one's queries, and their number.
-
-        Here a process may have no row of a batch, which `contrastive_loss` allows in none of a group: without gradients
-        each has all rows instead.
-        """
+        """The loss of a batch of all processes times this one's queries, and their number."""
         inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != ROWS})
         with torch.no_grad(), self.compute_loss_context_manager():
             embedded, count = self._embedded(model, inputs)
-            queries = torch.tensor([count], device=self.args.device)
-            loss = self._loss(*self._of_all(embedded, count, inputs[IDS]), whole=True)
+            group = self._with_rows(count)
+            loss = self._loss(embedded, count, inputs[IDS], group) if count else embedded.rows.new_zeros(())
+        queries = torch.tensor([count], device=loss.device)
         return None, {"loss": loss * queries}, queries
 
-    def _of_all(self, embedded: Embedded, count: int, ids: Tensor) -> tuple[Embedded, int, Tensor]:
-        """The batch of all processes as one would have it: their queries, their documents, their hard negatives."""
-        rows = embedded.rows[: count + len(ids)]  # none where the one text stands for no row
-        kinds = torch.full([len(rows)], 2, device=rows.device)
-        kinds[: 2 * count] = torch.arange(2, device=rows.device).repeat_interleave(count)
-        things = torch.cat([ids.new_zeros(count), ids])
-        gathered = (self.accelerator.pad_across_processes(x, pad_index=-1) for x in (kinds, rows, things))
-        kinds, rows, things = (self.accelerator.gather(x) for x in gathered)
-        order = torch.cat([(kinds == kind).nonzero().flatten() for kind in range(3)])
-        count = int((kinds == 0).sum())
-        return Embedded(rows[order], embedded.scale), count, things[order][count:]
+    def _with_rows(self, count: int) -> dist.ProcessGroup | None:
+        """The processes that have rows of an evaluation batch, of which this one has ``count``; None for all."""
+        counts = self.accelerator.gather(torch.tensor([count], device=self.args.device))
+        ranks = tuple(counts.nonzero().flatten().tolist())
+        if len(ranks) == self.args.world_size:
+            return None
+        if ranks not in self._groups:
+            self._groups[ranks] = dist.new_group(ranks)
+        return self._groups[ranks]
 
-    def _loss(self, embedded: Embedded, count: int, ids: Tensor, *, whole: bool = False) -> Tensor:
-        """The mean over the Matryoshka widths by their weights; over the whole width if there are none. ``whole`` if
-        the rows are those of all processes."""
-        group = dist.group.WORLD if self.args.world_size > 1 and not whole else None
+    def _loss(self, embedded: Embedded, count: int, ids: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """The mean over the Matryoshka widths by their weights; over the whole width if there are none. ``group`` are
+        the processes that have rows of the batch, all by default."""
+        group = group or (dist.group.WORLD if self.args.world_size > 1 else None)
         widths = self.args.matryoshka_dims or [embedded.rows.shape[1]]
         weights = self.args.matryoshka_weights or [1.0] * len(widths)
         losses = [
