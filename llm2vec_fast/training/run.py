@@ -151,8 +151,8 @@ class StageTrainer(Trainer):
 
 
 def means(batches: EvalPrediction) -> dict[str, float]:
-    """Mean of each sum that an evaluation step returns, over all items of all batches and processes."""
-    count = max(1.0, float(batches.label_ids.sum(dtype=np.float64)))
+    """Mean of each sum that an evaluation step returns, over all items of all batches and processes; NaN of none."""
+    count = float(batches.label_ids.sum(dtype=np.float64)) or math.nan
     return {name: float(x.sum(dtype=np.float64)) / count for name, x in batches.predictions.items()}
 
 

@@ -112,7 +112,8 @@ class Words(torch.utils.data.Dataset):
         return len(self.kept)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        rows = self.kept[[index for index in indices if index != NO_ROW]]
+        numbers = np.asarray(indices, dtype=np.int64)
+        rows = self.kept[numbers[numbers != NO_ROW]]
         features = torch.from_numpy(self._features[rows].astype(np.float32))
         return {"features": features, "labels": torch.from_numpy(self._labels[rows]), ROWS: torch.from_numpy(rows)}
 
