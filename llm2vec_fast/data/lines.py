@@ -8,6 +8,8 @@ from llm2vec_fast.data.sniffing import has_mac_line_ends, head_of, what_it_is_in
 from llm2vec_fast.data.streams import ByteStream
 from llm2vec_fast.errors import InputError
 
+_MARK = "\ufeff"  # a byte order mark: at the beginning, and where files that begin with one were joined
+
 
 class Lines:
     """Decoded lines with their line ends, from a byte offset on; ``problem`` tells what is wrong with those since
@@ -46,7 +48,7 @@ class Lines:
         if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
             line = self._skip_rest(start)
         try:
-            return line.decode("utf-8-sig" if start == 0 else "utf-8")
+            return line.decode().removeprefix(_MARK)
         except UnicodeDecodeError as error:
             bad, place = error.object[error.start], start + error.start
             self.problem = self.problem or f"byte 0x{bad:02x} at byte {place} of the file is not UTF-8"

@@ -23,7 +23,7 @@ from llm2vec_fast.tokenization import TextTokenizer
 from llm2vec_fast.training.arguments import EmbeddingArguments
 from llm2vec_fast.training.embedding import LOG_SCALE, Embedded, embedding_model
 from llm2vec_fast.training.models import StageModel, load_model
-from llm2vec_fast.training.run import ROWS, StageTrainer
+from llm2vec_fast.training.run import ROWS, StageTrainer, means
 from llm2vec_fast.training.sampling import NextEpoch, OneSetAtATime
 
 logger = logging.getLogger(__name__)
@@ -67,19 +67,26 @@ class ContrastiveTrainer(StageTrainer):
                 "%s has %d rows and a batch takes %d: none of them is trained on; join it with another file, or give a "
                 "smaller per_device_train_batch_size", arguments.train_file[place], sizes[place], batch,
             )  # fmt: skip
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of some processes, by their ranks
         told = [x for x in (self._sampler, kwargs["train_dataset"]) if hasattr(x, "epoch")]
-        super().__init__(stage.model, arguments, callbacks=[NextEpoch(*told), *callbacks], **kwargs)
+        super().__init__(
+            stage.model, arguments, callbacks=[NextEpoch(*told), *callbacks], compute_metrics=means, **kwargs
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, None]:
         """The contrastive loss of a batch, times the number of ranks: of gradients, ranks take the mean."""
-        layout = SequenceLayout.from_lengths(inputs["lengths"])
-        embedded: Embedded = model(input_ids=inputs["input_ids"], layout=layout, skip=inputs["skip"], embed=True)
+        embedded, count = self._embedded(model, inputs)
         self._scale = None if embedded.scale is None else embedded.scale.detach()
-        count = int(inputs[QUERIES])
         loss = self._loss(embedded, count, inputs[IDS]) * self.args.world_size
         return (loss, None) if return_outputs else loss
+
+    def _embedded(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Embedded, int]:
+        """A batch's embeddings, and how many of them are queries'."""
+        layout = SequenceLayout.from_lengths(inputs["lengths"])
+        embedded = model(input_ids=inputs["input_ids"], layout=layout, skip=inputs["skip"], embed=True)
+        return embedded, int(inputs[QUERIES])
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """A line of the log, with the scale where it is learned."""
@@ -115,14 +122,30 @@ class ContrastiveTrainer(StageTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, None, None]:
-        """The loss of an evaluation batch."""
+    ) -> tuple[None, dict[str, Tensor], Tensor]:
+        """The loss of a batch of all processes times this one's queries, and their number."""
         inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != ROWS})
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs) / self.args.world_size, None, None
+            embedded, count = self._embedded(model, inputs)
+            group = self._with_rows(count)
+            loss = self._loss(embedded, count, inputs[IDS], group) if count else embedded.rows.new_zeros(())
+        queries = torch.tensor([count], device=loss.device)
+        return None, {"loss": loss * queries}, queries
 
-    def _loss(self, embedded: Embedded, count: int, ids: Tensor) -> Tensor:
-        """The mean over the Matryoshka widths by their weights; over the whole width if there are none."""
+    def _with_rows(self, count: int) -> dist.ProcessGroup | None:
+        """The processes that have rows of an evaluation batch, of which this one has ``count``; None for all."""
+        counts = self.accelerator.gather(torch.tensor([count], device=self.args.device))
+        ranks = tuple(counts.nonzero().flatten().tolist())
+        if len(ranks) == self.args.world_size:
+            return None
+        if ranks not in self._groups:
+            self._groups[ranks] = dist.new_group(ranks)
+        return self._groups[ranks]
+
+    def _loss(self, embedded: Embedded, count: int, ids: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """The mean over the Matryoshka widths by their weights; over the whole width if there are none. ``group`` are
+        the processes that have rows of the batch, all by default."""
+        group = group or (dist.group.WORLD if self.args.world_size > 1 else None)
         widths = self.args.matryoshka_dims or [embedded.rows.shape[1]]
         weights = self.args.matryoshka_weights or [1.0] * len(widths)
         losses = [
@@ -131,7 +154,7 @@ class ContrastiveTrainer(StageTrainer):
                 scale=self.args.scale if embedded.scale is None else embedded.scale, ids=ids,
                 symmetric=self.args.symmetric, query_negatives=self.args.query_negatives,
                 false_negative_margin=self.args.false_negative_margin,
-                group=dist.group.WORLD if self.args.world_size > 1 else None,
+                group=group,
             )
             for width in widths
         ]  # fmt: skip

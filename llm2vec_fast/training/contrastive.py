@@ -20,6 +20,8 @@ from llm2vec_fast.training.contrast import IDS, QUERIES, ContrastiveTrainer, loa
 from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.pairs import Pairs
 from llm2vec_fast.training.run import ROWS, run
+from llm2vec_fast.training.sampling import present
+from llm2vec_fast.training.vocabulary import require_rows_for
 
 
 class PairCollator:
@@ -28,8 +30,9 @@ class PairCollator:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Tensor]:
         """A batch of `ContrastiveTrainer`."""
+        rows = present(rows)
         texts = [row["query"] for row in rows] + [row["positive"] for row in rows]
         ids = [row["ids"][0] for row in rows]
         for row in rows:
@@ -38,7 +41,7 @@ class PairCollator:
         return {
             **pack(self._tokenizer, texts),
             QUERIES: torch.tensor(len(rows)),
-            IDS: torch.tensor(ids),
+            IDS: torch.tensor(ids, dtype=torch.int64),
             ROWS: torch.tensor([row["row"] for row in rows]),
         }
 
@@ -59,6 +62,8 @@ def train_contrastive(arguments: ContrastiveArguments, callbacks: Sequence[Train
             if files
         }
     stage, tokenizer = load_embedding_model(arguments)
+    for some in pairs.values():
+        require_rows_for(some.texts(), tokenizer, stage.tokenizer, stage.model)
     trainer = ContrastiveTrainer(
         stage,
         arguments,

@@ -32,7 +32,7 @@ def mask_tokens(
         special: (T,) bool, tokens that are never chosen: the tokenizer's own, such as a begin token, and the first of
             each text, which no output predicts.
         mask_id: what stands for a hidden token.
-        vocabulary: random tokens are drawn below this.
+        vocabulary: random tokens are drawn below this, special ones too, as transformers' collator does.
         probability: share of the other tokens that is chosen.
         masking: "default" replaces 80 % of the chosen ones by the mask, 10 % by a random token, and keeps 10 %;
             "all_mask" replaces them all.
@@ -54,17 +54,24 @@ def mask_tokens(
     return torch.where(at_random, drawn, hidden), labels
 
 
-def mask_id_of(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
+def mask_id_of(tokenizer: PreTrainedTokenizerBase, kind: str, rows: int | None = None) -> int:
     """The id that hides a token: that of "_" (blank), of the end token, or of the tokenizer's own mask token.
 
+    Args:
+        kind: see `MntpArguments.mask_token_type`.
+        rows: of the model's embedding.
+
     Raises:
-        UserError: the tokenizer has no such token.
+        UserError: the tokenizer has no such token, or the model no embedding of it.
     """
     token = {"blank": _BLANK, "eos": tokenizer.eos_token, "mask": tokenizer.mask_token}[kind]
     found = None if token is None else tokenizer.get_vocab().get(token)  # the unknown token may be the end token, too
+    others = f"choose another of {', '.join(MASK_TOKENS)}"
     if found is None:
+        raise UserError(f"mask_token_type={kind} needs a token that this tokenizer does not have: {others}")
+    if rows is not None and found >= rows:
         raise UserError(
-            f"mask_token_type={kind} needs a token that this tokenizer does not have: choose another of "
-            f"{', '.join(MASK_TOKENS)}"
+            f"mask_token_type={kind} is the token {token!r} with the id {found}, beyond the {rows:,} rows of the "
+            f"model's embedding: {others}, or resize the embedding (resize_token_embeddings)"
         )
     return int(found)

@@ -7,14 +7,12 @@ the stock causal one with its output layer: its own loss, which shifts labels by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset as HubDataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from llm2vec_fast.acceleration.loss import with_scores
@@ -24,9 +22,10 @@ from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.masking import IGNORED, mask_id_of, mask_tokens
 from llm2vec_fast.training.models import load_model
 from llm2vec_fast.training.packing import filled
-from llm2vec_fast.training.run import ROWS, StageTrainer, run
-from llm2vec_fast.training.sampling import DrawnAnew, NextEpoch
-from llm2vec_fast.training.texts import read_texts_of, tokenise
+from llm2vec_fast.training.run import ROWS, StageTrainer, means, run
+from llm2vec_fast.training.sampling import NO_ROW, DrawnAnew, NextEpoch, present
+from llm2vec_fast.training.texts import notifier, read_texts_of, tokenise
+from llm2vec_fast.training.vocabulary import embedding_rows
 
 
 class MntpCollator:
@@ -35,6 +34,10 @@ class MntpCollator:
     Args:
         tokenizer: gives the id that hides a token, and the vocabulary.
         masking, mask_token, probability: see `MntpArguments`.
+        rows: of the model's embedding, where the tokenizer may have more tokens.
+
+    Raises:
+        UserError: see `mask_id_of`.
     """
 
     def __init__(
@@ -43,16 +46,21 @@ class MntpCollator:
         masking: str = "default",
         mask_token: str = "blank",
         probability: float = 0.2,
+        rows: int | None = None,
     ) -> None:
-        self._mask_id = mask_id_of(tokenizer, mask_token)
-        self._vocabulary = len(tokenizer)
+        self._mask_id = mask_id_of(tokenizer, mask_token, rows)
+        self._vocabulary = len(tokenizer) if rows is None else min(len(tokenizer), rows)
         self._masking, self._probability = masking, probability
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Tensor]:
         """A row a sequence (``input_ids``, ``special``, ``row``, ``seed``) to one batch: ``input_ids``, ``labels`` and
-        ``position_ids``, which restart with each sequence, all (1, T), and ``rows`` (N,); int64."""
-        masked = [self._masked(row) for row in rows]
-        positions = SequenceLayout.from_lengths([len(row["input_ids"]) for row in rows]).position_ids
+        ``position_ids``, which restart with each sequence, all (1, T), and ``rows`` (N,); int64.
+
+        Of no rows it holds one token without a label: each of several processes runs the model in every step.
+        """
+        rows = present(rows)
+        masked = [self._masked(row) for row in rows] or [(torch.tensor([0]), torch.tensor([IGNORED]))]
+        positions = SequenceLayout.from_lengths([len(ids) for ids, _ in masked]).position_ids
         return {
             "input_ids": torch.cat([ids for ids, _ in masked])[None],
             "labels": torch.cat([labels for _, labels in masked])[None],
@@ -83,7 +91,10 @@ class Sequences(DrawnAnew):
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        """A row of `MntpCollator`; None for `NO_ROW`."""
+        if index == NO_ROW:
+            return None
         return {**self._tokens[index], "row": index, "seed": hash((self._seed, self.epoch, index)) % 2**63}
 
 
@@ -103,24 +114,15 @@ class MntpTrainer(StageTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[None, tuple[Tensor, Tensor], Tensor]:
-        """Of each sequence's hidden tokens: how many were predicted, the sum of their losses; and how many there are.
-
-        All are (N,): where the last sequences do not fill the batches of several processes, the first ones follow once
-        more, and transformers leaves out as many results as come twice.
-        """
+    ) -> tuple[None, dict[str, Tensor], Tensor]:
+        """Sums over the batch's hidden tokens of what they lose, and of those predicted right; and their number."""
         inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != ROWS})
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, output_scores=True, use_cache=False)
         if "log_probs" not in outputs:  # a head that `accelerate` left alone
             outputs = with_scores(outputs, inputs["labels"])
-        hidden = inputs["labels"] != IGNORED
-        per_token = torch.cat([outputs.correct.float(), -outputs.log_probs, hidden.float()])  # (3, T)
-        starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), hidden.shape[1]]
-        lengths = [end - start for start, end in pairwise(starts)]
-        # An output and the token that it predicts, one later, are of the same sequence.
-        right, loss, count = torch.stack([part.sum(1) for part in per_token.split(lengths, dim=1)], dim=1)
-        return None, (right, loss), count
+        sums = {"loss": -outputs.log_probs.sum()[None], "accuracy": outputs.correct.float().sum()[None]}
+        return None, sums, (inputs["labels"] != IGNORED).sum()[None]
 
 
 def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = ()) -> TrainOutput:
@@ -134,8 +136,12 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
     """
     stage = load_model(arguments, head=True)
     length = within_positions(stage.model, arguments.max_seq_length)
+    rows = embedding_rows(stage.model)
+    collator = MntpCollator(
+        stage.tokenizer, arguments.data_collator_type, arguments.mask_token_type, arguments.mlm_probability, rows
+    )
     datasets = {
-        name: Sequences(_tokens(name, stage.tokenizer, arguments, length), arguments.seed_of_data)
+        name: Sequences(_tokens(name, stage.tokenizer, arguments, length, rows), arguments.seed_of_data)
         for name in ("train", "validation")
         if getattr(arguments, f"{name}_file")
     }
@@ -144,22 +150,19 @@ def train_mntp(arguments: MntpArguments, callbacks: Sequence[TrainerCallback] = 
         arguments,
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("validation"),
-        data_collator=MntpCollator(
-            stage.tokenizer, arguments.data_collator_type, arguments.mask_token_type, arguments.mlm_probability
-        ),
-        compute_metrics=_scores,
+        data_collator=collator,
+        compute_metrics=means,
         callbacks=[NextEpoch(datasets["train"]), *callbacks],
     )
     return run(trainer, arguments, stage)
 
 
-def _tokens(name: str, tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments, length: int) -> HubDataset:
+def _tokens(
+    name: str, tokenizer: PreTrainedTokenizerBase, arguments: MntpArguments, length: int, rows: int
+) -> HubDataset:
     files = getattr(arguments, f"{name}_file")
     with arguments.main_process_first(desc="tokenising"):  # the others read what it has put on disk
         texts = read_texts_of(arguments, files, validation=name == "validation")
-        return tokenise(texts, tokenizer, length, line_by_line=arguments.line_by_line)
-
-
-def _scores(batches: EvalPrediction) -> dict[str, float]:
-    right, loss, count = (float(x.sum(dtype=np.float64)) for x in (*batches.predictions, batches.label_ids))
-    return {"accuracy": right / max(1.0, count), "loss": loss / max(1.0, count)}
+        return tokenise(
+            texts, tokenizer, length, line_by_line=arguments.line_by_line, rows=rows, notify=notifier(arguments)
+        )

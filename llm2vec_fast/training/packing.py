@@ -21,7 +21,8 @@ def pack(tokenizer: TextTokenizer, texts: Sequence[tuple[str, str]], views: int 
 
     Args:
         tokenizer: as the encoder's own.
-        texts: an instruction of "" is none.
+        texts: an instruction of "" is none. Of no texts the batch holds one token, which counts nothing: where several
+            processes train, each runs the model in every step.
         views: how often the batch holds all texts, one time after the other.
 
     Returns:
@@ -31,6 +32,8 @@ def pack(tokenizer: TextTokenizer, texts: Sequence[tuple[str, str]], views: int 
     Raises:
         UserError: an instruction fills all of the tokens that a text may have.
     """
+    if not texts:
+        return {"input_ids": torch.tensor([[0]]), "lengths": torch.tensor([1]), "skip": torch.tensor([0])}
     tokens = tokenizer(texts)
     check_room(tokens, texts, 0, tokenizer.max_length)
     ids = torch.cat([torch.from_numpy(row) for row in tokens.ids])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from llm2vec_fast.data.pairs import PairColumns, same_things
 from llm2vec_fast.data.reading import check_heads, rows_of
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import NEGATIVE_COLUMNS, ContrastiveArguments
-from llm2vec_fast.training.sampling import DrawnAnew
-from llm2vec_fast.training.texts import PLACE, cached, places_of, tell_left_out, whole_rows
-
-logger = logging.getLogger(__name__)
+from llm2vec_fast.training.sampling import NO_ROW, DrawnAnew
+from llm2vec_fast.training.texts import PLACE, cached, notifier, places_of, tell_left_out, whole_rows
 
 _QUERY, _POSITIVE, _NEGATIVES, _THING = "query", "positives", "negatives", "thing"
 
@@ -45,7 +42,7 @@ class Pairs(DrawnAnew):
         self._seed, self._count = arguments.seed_of_data, arguments.negatives
         first = arguments.process_index == 0
         listings = [arguments.listing(validation=validation, number=i) if first else None for i in range(len(files))]
-        notify = logger.warning if first else _say_nothing
+        notify = notifier(arguments)
         read = [_read(name, arguments, listing, notify) for name, listing in zip(files, listings, strict=True)]
         self.sizes = [len(rows) for rows in read]
         self._rows = concatenate_datasets(read)
@@ -55,8 +52,19 @@ class Pairs(DrawnAnew):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """``query``, ``positive`` and ``negatives`` as (instruction, text) pairs, ``ids`` of the documents, ``row``."""
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """All queries, documents and hard negatives, each with its instruction."""
+        for index, row in enumerate(self._rows):
+            file = int(np.searchsorted(self._ends, index, side="right"))
+            yield self._query_instructions[file], row[_QUERY]
+            for text in (*row[_POSITIVE], *row[_NEGATIVES]):
+                yield self._document_instructions[file], text
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        """``query``, ``positive`` and ``negatives`` as (instruction, text) pairs, ``ids`` of the documents, ``row``;
+        None for `NO_ROW`."""
+        if index == NO_ROW:
+            return None
         row, file = self._rows[index], int(np.searchsorted(self._ends, index, side="right"))
         rng = np.random.default_rng([self._seed, self.epoch, index])
         positive = row[_POSITIVE][int(rng.integers(len(row[_POSITIVE])))]
@@ -106,10 +114,6 @@ def _pairs(files: Sequence[InputFile], columns: PairColumns, csv: Csv, code: str
             pair, wrong = columns.pair(row.values)
             found = {_QUERY: pair.query, _POSITIVE: pair.positives, _NEGATIVES: pair.negatives, _THING: pair.name}
             yield {**found, **place, "problem": place["problem"] or wrong}
-
-
-def _say_nothing(sentence: str) -> None:
-    """One process of several speaks."""
 
 
 def _instructions(name: str, files: Sequence[str], arguments: ContrastiveArguments, validation: bool) -> list[str]:

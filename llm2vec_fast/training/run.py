@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from torch.utils.data import DataLoader, Dataset
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -27,6 +28,7 @@ from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.models import StageModel
 from llm2vec_fast.training.output import save_encoder
 from llm2vec_fast.training.resuming import checkpoint_to_resume, is_done, is_sharded
+from llm2vec_fast.training.sampling import EverySetOnce, without_repeats
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,49 @@ class NonFiniteLossError(UserError):
 
 
 class StageTrainer(Trainer):
-    """transformers' Trainer, which stops at a loss that is not finite, and whose checkpoints are whole."""
+    """transformers' Trainer, which stops at a loss that is not finite, and whose checkpoints are whole.
+
+    In training and in evaluation every row counts once, however many processes share the rows. A stage's evaluation
+    step returns sums, (1,) each, by name, and in place of labels of how many items they are: see `means`.
+    """
 
     unit = "sequences"  # what ``rows`` of a batch are the numbers of
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers makes it, but no row comes twice: accelerate would fill the last batches up with rows.
+
+        Raises:
+            UserError: ``dataloader_drop_last`` leaves no batch.
+        """
+        loader = without_repeats(self._drawing_apart(super().get_train_dataloader()))
+        if not len(loader):
+            raise UserError(
+                f"dataloader_drop_last=True leaves no step: a batch takes {self.args.train_batch_size} {self.unit} in "
+                f"each of {self.args.world_size} processes, and there are {len(self.train_dataset):,}; give more, a "
+                "smaller per_device_train_batch_size, or dataloader_drop_last=False"
+            )
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """See transformers' Trainer."""
+        return self._drawing_apart(super().get_eval_dataloader(eval_dataset))
+
+    def _drawing_apart(self, loader: DataLoader) -> DataLoader:
+        """Workers that persist get their seed once a run, and again when it goes on: that must not move dropout's."""
+        if self.args.dataloader_persistent_workers:
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+            inner.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> EverySetOnce:
+        sizes = getattr(eval_dataset, "sizes", None) or [len(eval_dataset)]
+        processes = 1 if self.accelerator.split_batches else self.args.world_size  # that a batch is for
+        return EverySetOnce(sizes, self.args.eval_batch_size * processes)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """See transformers' Trainer."""
+        self.gather_function = self.accelerator.gather  # its own would cut off what it takes for repeated rows
+        return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass; ``rows`` names the batch's texts and does not go to the model.
@@ -77,21 +119,6 @@ class StageTrainer(Trainer):
     def _everywhere(self, here: bool) -> bool:
         """Whether it is so in every process; one that stopped alone would leave the others waiting or training on."""
         return bool(self.accelerator.gather(torch.tensor([int(here)], device=self.args.device)).min())
-
-    def get_train_dataloader(self) -> DataLoader:
-        """See transformers' Trainer."""
-        return self._drawing_apart(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """See transformers' Trainer."""
-        return self._drawing_apart(super().get_eval_dataloader(eval_dataset))
-
-    def _drawing_apart(self, loader: DataLoader) -> DataLoader:
-        """Workers that persist get their seed once a run, and again when it goes on: that must not move dropout's."""
-        if self.args.dataloader_persistent_workers:
-            inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
-            inner.generator = torch.Generator().manual_seed(self.args.seed)
-        return loader
 
     def _checkpoint_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -140,6 +167,12 @@ class StageTrainer(Trainer):
             group["initial_lr"] = asked
         scheduler.base_lrs = [asked] * len(scheduler.base_lrs)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log tells
+
+
+def means(batches: EvalPrediction) -> dict[str, float]:
+    """Mean of each sum that an evaluation step returns, over all items of all batches and processes; NaN of none."""
+    count = float(batches.label_ids.sum(dtype=np.float64)) or math.nan
+    return {name: float(x.sum(dtype=np.float64)) / count for name, x in batches.predictions.items()}
 
 
 def run(trainer: StageTrainer, arguments: StageArguments, stage: StageModel) -> TrainOutput:

@@ -3,11 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import repeat
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
+
+NO_ROW = -1  # stands in a sampler's order for no row: data sets give None there
+
+Row = TypeVar("Row")
+
+
+def present(rows: Sequence[Row | None]) -> list[Row]:
+    """Those of a batch's rows that are rows; see `NO_ROW`."""
+    return [row for row in rows if row is not None]
+
+
+class EverySetOnce(torch.utils.data.Sampler[int]):
+    """Numbers of rows in order, such that every batch, of all processes together, holds rows of one data set.
+
+    Where rows do not fill a set's last batch `NO_ROW` follows: accelerate would fill it with rows that were there
+    already, and torch would leave it out where ``dataloader_drop_last`` is set.
+
+    Args:
+        sizes: rows of each data set, which are numbered one set after the other.
+        batch: rows of a batch of all processes.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch: int) -> None:
+        self._sizes, self._batch = list(sizes), batch
+
+    def __len__(self) -> int:
+        return sum(size + -size % self._batch for size in self._sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        first = 0
+        for size in self._sizes:
+            yield from range(first, first + size)
+            yield from repeat(NO_ROW, -size % self._batch)
+            first += size
+
+
+class EvenShares(BatchSampler):
+    """The batches of a shard's sampler for all its processes in turn, the last of them empty where rows run out."""
+
+    batch_size = None  # what accelerate takes for batches of any size, which it hands out as they are
+
+    def __init__(self, shard: BatchSamplerShard) -> None:
+        self._batches, self._processes, self._split = shard.batch_sampler, shard.num_processes, shard.split_batches
+        self._size = shard.batch_size // (shard.num_processes if shard.split_batches else 1)
+
+    def __len__(self) -> int:
+        count = len(self._batches)
+        return count * self._processes if self._split else count + -count % self._processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        given = 0
+        for batch in self._batches:
+            for start in range(0, len(batch), self._size):
+                yield batch[start : start + self._size]
+                given += 1
+        yield from ([] for _ in range(given, len(self)))
+
+
+def without_repeats(loader: DataLoader) -> DataLoader:
+    """A data loader of accelerate's, changed in place, that gives no row twice where rows do not fill the last batches.
+
+    Of several processes the last ones then get fewer rows or none, in as many batches as the others.
+    """
+    shard = loader.batch_sampler
+    if isinstance(shard, BatchSamplerShard) and shard.num_processes > 1 and not shard.drop_last:
+        shard.batch_sampler, shard.batch_size, shard.split_batches = EvenShares(shard), None, False
+    return loader
 
 
 class OneSetAtATime(torch.utils.data.Sampler[int]):

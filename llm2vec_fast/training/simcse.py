@@ -20,7 +20,9 @@ from llm2vec_fast.training.arguments import SimcseArguments
 from llm2vec_fast.training.contrast import IDS, QUERIES, ContrastiveTrainer, load_embedding_model
 from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.run import ROWS, run
+from llm2vec_fast.training.sampling import present
 from llm2vec_fast.training.texts import Numbered, read_texts_of
+from llm2vec_fast.training.vocabulary import require_rows_for
 
 
 class SimcseCollator:
@@ -29,12 +31,13 @@ class SimcseCollator:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Tensor]:
         """A row a text (``text``, ``row``) to a batch of `ContrastiveTrainer`, of N queries and N documents."""
+        rows = present(rows)
         return {
             **pack(self._tokenizer, [("", row["text"]) for row in rows], views=2),
             QUERIES: torch.tensor(len(rows)),
-            IDS: torch.tensor([identity(row["text"]) for row in rows]),
+            IDS: torch.tensor([identity(row["text"]) for row in rows], dtype=torch.int64),
             ROWS: torch.tensor([row["row"] for row in rows]),
         }
 
@@ -55,6 +58,8 @@ def train_simcse(arguments: SimcseArguments, callbacks: Sequence[TrainerCallback
             if files
         }
     stage, tokenizer = load_embedding_model(arguments)
+    for some in texts.values():
+        require_rows_for(some.texts(), tokenizer, stage.tokenizer, stage.model)
     trainer = ContrastiveTrainer(
         stage,
         arguments,

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec_fast import data
 from llm2vec_fast.data.delimited import Csv
@@ -24,11 +24,15 @@ from llm2vec_fast.data.rows import Asked, LeftOut, Problem, Row, text_of
 from llm2vec_fast.errors import InputError, UserError
 from llm2vec_fast.jobs.files import json_bytes, replacing
 from llm2vec_fast.training.arguments import MntpArguments, SimcseArguments
+from llm2vec_fast.training.sampling import NO_ROW
+from llm2vec_fast.training.vocabulary import has_tokens_beyond, require_rows
 
 logger = logging.getLogger(__name__)
 
 SHORTEST = 2  # tokens: the first is predicted by none
 LISTED = 100_000  # rows left out that a file lists
+TOLD_SHARE = 0.01  # of tokens left over where texts are joined: some always are
+_AT_ONCE = 1000  # texts
 PLACE = {"problem": Value("string"), "file": Value("string"), "row": Value("int64"), "line": Value("int64")}
 
 
@@ -67,12 +71,16 @@ def read_texts(
     return texts.select_columns(["text"])
 
 
+def notifier(arguments: TrainingArguments) -> Callable[[str], None]:
+    """Takes sentences for the log; one process of several speaks."""
+    return logger.warning if arguments.process_index == 0 else lambda sentence: None
+
+
 def read_texts_of(arguments: MntpArguments | SimcseArguments, files: Sequence[str], *, validation: bool) -> Dataset:
-    """`read_texts` of a stage's training or validation files; one process of several speaks."""
-    settings = {"text_column": arguments.text_column, "csv": arguments.csv, "exclude": [Path(arguments.output_dir)]}
-    if arguments.process_index:
-        return read_texts(files, **settings, notify=lambda sentence: None)
-    return read_texts(files, **settings, listing=arguments.listing(validation=validation))
+    """`read_texts` of a stage's training or validation files."""
+    listing = None if arguments.process_index else arguments.listing(validation=validation)
+    exclude = [Path(arguments.output_dir)]
+    return read_texts(files, arguments.text_column, arguments.csv, listing, notifier(arguments), exclude)
 
 
 def cached(generate: Callable[..., Iterator[dict[str, Any]]], features: Features, **arguments: Any) -> Dataset:
@@ -151,7 +159,7 @@ def _texts(files: Sequence[InputFile], asked: Asked, csv: Csv, code: str) -> Ite
 
 
 class Numbered(torch.utils.data.Dataset):
-    """Rows of a dataset, each with its number under ``row``."""
+    """Rows of a dataset, each with its number under ``row``; None for `NO_ROW`."""
 
     def __init__(self, rows: Dataset) -> None:
         self._rows = rows
@@ -159,19 +167,33 @@ class Numbered(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self._rows[index], "row": index}
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """All texts, each with an instruction, of which there is none."""
+        return (("", text) for batch in self._rows.iter(_AT_ONCE) for text in batch["text"])
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        return None if index == NO_ROW else {**self._rows[index], "row": index}
 
 
-def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, line_by_line: bool) -> Dataset:
+def tokenise(
+    texts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    line_by_line: bool,
+    rows: int | None = None,
+    notify: Callable[[str], None] = logger.warning,
+) -> Dataset:
     """Sequences of at most ``max_length`` tokens in columns ``input_ids`` and ``special`` (1 on the tokenizer's own).
 
     Args:
         line_by_line: each text is a sequence, cut at ``max_length``; else 1,000 at a time are joined, in order, and cut
             into sequences of exactly that length, and what is left of them at the end is dropped.
+        rows: of the model's embedding.
+        notify: takes a sentence about what is too short.
 
     Raises:
-        UserError: no text is long enough.
+        UserError: no text is long enough, or one holds a token without a row.
     """
     tokenizer = copy.deepcopy(tokenizer)  # a call leaves its truncation behind, which would be saved with the model
 
@@ -188,10 +210,23 @@ def tokenise(texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 
     # The tokenizer takes part in the name under which datasets keeps the result: no other model will find it.
     tokens = texts.map(encode, batched=True, remove_columns=["text"], desc="tokenising")
+    if rows is not None and has_tokens_beyond(tokenizer, rows):
+        for start in range(0, len(texts), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            require_rows(texts[some]["text"], tokens[some]["input_ids"], tokenizer, rows)
+    before = tokens
     if line_by_line:
         tokens = tokens.filter(lambda batch: [len(ids) >= SHORTEST for ids in batch["input_ids"]], batched=True)
+        if len(tokens) < len(before):
+            notify(f"{len(before) - len(tokens):,} of {len(before):,} texts are left out: they have one token or none")
     else:
         tokens = tokens.map(join, batched=True, desc="joining")
+        total, kept = (pc.sum(pc.list_value_length(x.data.column("input_ids"))).as_py() or 0 for x in (before, tokens))
+        if total - kept > TOLD_SHARE * total:
+            notify(
+                f"{total - kept:,} of {total:,} tokens are left out: the last of each 1,000 texts, which do not fill "
+                f"{max_length}; line_by_line=True or a smaller max_seq_length keeps more"
+            )
     if not len(tokens):
         least = SHORTEST if line_by_line else max_length
         raise UserError(f"no training text is long enough: {least} tokens are needed, give more or longer texts")

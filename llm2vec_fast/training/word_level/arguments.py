@@ -42,7 +42,7 @@ class WordLevelArguments(TrainingArguments):
     enable_bidirectional: bool = field(default=True, metadata={"help": "False reads causally, as a baseline."})
     train_file: list[str] = field(
         default_factory=list,
-        metadata={"help": "Labelled sentences: CoNLL columns (txt, conll), or jsonl or parquet with lists."},
+        metadata={"help": "Labelled sentences: CoNLL columns (txt, conll, tsv), or jsonl or parquet with lists."},
     )
     validation_file: list[str] = field(default_factory=list, metadata={"help": "Sentences to choose settings on."})
     test_file: list[str] = field(default_factory=list, metadata={"help": "Sentences to report scores on, at the end."})

@@ -5,7 +5,6 @@ The encoder is frozen, so its outputs are computed once, and not in every epoch;
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,15 +23,15 @@ from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.checkpoints import told_if_unwritable
 from llm2vec_fast.training.config import write_arguments
 from llm2vec_fast.training.resuming import checkpoint_to_resume
-from llm2vec_fast.training.run import ROWS, StageTrainer, trained
+from llm2vec_fast.training.run import ROWS, StageTrainer, means, trained
+from llm2vec_fast.training.sampling import NO_ROW
+from llm2vec_fast.training.texts import notifier
 
 from .arguments import LABEL_FROM, WordLevelArguments
 from .classifier import Head, save_head
 from .features import word_features
 from .scores import word_scores
 from .sentences import Sentence, read_sentences
-
-logger = logging.getLogger(__name__)
 
 _FEATURES = "features"  # a folder in the output folder while a run is under way
 
@@ -53,17 +52,25 @@ def train_word_level(arguments: WordLevelArguments, callbacks: Sequence[TrainerC
 def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) -> TrainOutput:
     last = checkpoint_to_resume(arguments)
     files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
+    notify = notifier(arguments)
     sentences = {
-        name: read_sentences(some, arguments.word_column, arguments.label_column)
+        name: read_sentences(some, arguments.word_column, arguments.label_column, notify)
         for name, some in files.items()
         if some
     }
     labels = sorted({label for sentence in sentences["train"] for label in sentence.labels})
     for name, some in sentences.items():
         unknown = sorted({label for sentence in some for label in sentence.labels} - set(labels))
-        if unknown and arguments.process_index == 0:
-            logger.warning("%s_file has labels that train_file has not: %s", name, ", ".join(unknown[:10]))
+        if unknown:
+            notify(f"{name}_file has labels that train_file has not: {', '.join(unknown[:10])}")
     words, encoder = _labelled_words(arguments, sentences, labels)
+    for name, some in words.items():
+        if some.left_out:
+            notify(
+                f"{some.left_out:,} of {len(some) + some.left_out:,} words of {name}_file have no token of their own: "
+                f"they are white space or beyond max_seq_length={arguments.max_seq_length}. They are not trained on, "
+                "and in scores they count as wrong"
+            )
     set_seed(arguments.seed)  # the head's first weights are random
     trainer = WordLevelTrainer(
         Head(words["train"].dimension, len(labels), arguments.classifier_dropout),
@@ -72,6 +79,7 @@ def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) 
         eval_dataset=words.get("validation"),
         data_collator=_as_it_is,
         compute_loss_func=_loss,
+        compute_metrics=_mean_loss,
         callbacks=list(callbacks),
     )
     folder = Path(arguments.output_dir)
@@ -92,18 +100,20 @@ def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) 
 
 
 class Words(torch.utils.data.Dataset):
-    """Rows of features with the number of their label; those without features, cut from long sentences, left out."""
+    """Rows of features with the number of their label; those without features, cut from long sentences, left out.
+    Of `NO_ROW` there is none."""
 
     def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
         self._features, self._labels = features, labels
         self.kept = np.flatnonzero(~np.isnan(features[:, 0]))
-        self.dimension = features.shape[1]
+        self.dimension, self.left_out = features.shape[1], len(features) - len(self.kept)
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        rows = self.kept[np.asarray(indices)]
+        numbers = np.asarray(indices, dtype=np.int64)
+        rows = self.kept[numbers[numbers != NO_ROW]]
         features = torch.from_numpy(self._features[rows].astype(np.float32))
         return {"features": features, "labels": torch.from_numpy(self._labels[rows]), ROWS: torch.from_numpy(rows)}
 
@@ -127,19 +137,27 @@ class WordLevelTrainer(StageTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, best label of each word, and labels."""
+    ) -> tuple[None, dict[str, Tensor], Tensor]:
+        """What the batch's labelled words lose, the rows of its words and their best labels; and how many are labelled.
+
+        Rows and best labels are as many in every batch, the last of them -1.
+        """
         inputs = self._prepare_inputs(inputs)
+        labels, rows = inputs["labels"], inputs[ROWS]
         with torch.no_grad(), self.compute_loss_context_manager():
             features = inputs["features"].to(next(model.parameters()).dtype)  # bf16_full_eval casts the head
             scores = model(features).float()
-        return _loss(scores, inputs["labels"]), scores.argmax(1), inputs["labels"]
+        spare = self.args.eval_batch_size - len(labels)
+        best, rows = (F.pad(x, (0, spare), value=-1) for x in (scores.argmax(1), rows))
+        loss = F.cross_entropy(scores, labels, reduction="sum")
+        return None, {"loss": loss[None], "best": best, "rows": rows}, (labels >= 0).sum()[None]
 
     def scores(self, words: Words, sentences: Sequence[Sentence], labels: Sequence[str], name: str) -> dict[str, float]:
         """Accuracy and, of entities, F1; words that were cut off count as wrong."""
-        prediction: EvalPrediction = self.predict(words, metric_key_prefix=name)
+        found = self.predict(words, metric_key_prefix=name).predictions
         best = np.full(sum(len(sentence.words) for sentence in sentences), -1)
-        best[words.kept] = prediction.predictions
+        there = found["rows"] >= 0
+        best[found["rows"][there]] = found["best"][there]
         names = np.array([*labels, None], dtype=object)[best]
         ends = np.cumsum([len(sentence.words) for sentence in sentences])[:-1]
         found = word_scores([list(part) for part in np.split(names, ends)], [s.labels for s in sentences])
@@ -154,6 +172,10 @@ def _loss(scores: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | Non
     labels that training never saw, −100, are left out."""
     total = F.cross_entropy(scores, labels, reduction="sum")
     return total / ((labels >= 0).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _mean_loss(batches: EvalPrediction) -> dict[str, float]:
+    return means(EvalPrediction({"loss": batches.predictions["loss"]}, batches.label_ids))
 
 
 def _labelled_words(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
@@ -106,3 +107,27 @@ def test_validation_files_that_no_instruction_fits_are_refused(
     arguments = ContrastiveArguments(**settings(train_file=train, validation_file=held, **given))
     with pytest.raises(UserError, match=message):
         Pairs(arguments.validation_file, arguments, validation=True)
+
+
+def test_negatives_that_look_like_numbers_or_dates_are_texts(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    values = ["007", "1.50", "2020-01-01", "NA", "null", "true", ""]
+    file.write_text("query,positive,negative\n" + "".join(f"q{i},d{i},{x}\n" for i, x in enumerate(values)))
+    pairs = Pairs([str(file)], ContrastiveArguments(**settings(train_file=[str(file)])))
+    assert [pairs[i]["negatives"] for i in range(len(values))] == [[("", x)] if x else [] for x in values]
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, ["a", 5], date(2020, 1, 1)], ids=str)
+def test_a_negative_that_is_no_text_takes_its_row_with_it_and_is_told(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture, value: object
+) -> None:
+    rows = [{"query": "q", "positive": "d", "negative": x} for x in (None if isinstance(value, date) else "n", value)]
+    file = tmp_path / ("rows.parquet" if isinstance(value, date) else "rows.jsonl")
+    if isinstance(value, date):
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ContrastiveArguments(**settings(train_file=[str(file)]))
+    assert len(Pairs([str(file)], arguments)) == 1
+    assert "1 of 2 rows is left out" in caplog.text
+    assert "the text in 'negative' is not a string but" in arguments.listing(validation=False).read_text()

@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from reference_data import FOLDER
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from llm2vec_fast.data.delimited import Csv
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training import texts as module
-from llm2vec_fast.training.texts import read_texts
+from llm2vec_fast.training.texts import read_texts, tokenise
 
 
 def texts_of(*files: object, **options: object) -> tuple[list[str], list[str]]:
@@ -140,3 +144,35 @@ def test_another_content_or_another_setting_is_read_anew(tmp_path: Path) -> None
     path.write_text("text\n'two'\n")
     os.utime(path, ns=(0, 0))
     assert texts_of(path)[0] == ["'two'"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "text\n007\n1.50\n2020-01-01\ntrue\nNA\nnan\n", ["007", "1.50", "2020-01-01", "true", "NA", "nan"]),
+        ("a.csv", '\ufeff"text",b\r\n"x\ny",1\r\n', ["x\ny"]),
+        ("a.jsonl", '\ufeff{"text": "007"}\n\ufeff{"text": "null"}\n', ["007", "null"]),
+        ("a.txt", "\ufeffone\n\ufefftwo\n", ["one", "two"]),
+        ("a.txt", "o\fn\u2028e\x85\ntwo\r\n", ["o\fn\u2028e\x85", "two"]),
+    ],
+)
+def test_texts_are_what_the_file_says(tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    assert texts_of(tmp_path / name) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("line_by_line", "sentence"),
+    [
+        (True, "2 of 12 texts are left out: they have one token or none"),
+        (False, "18 of 42 tokens are left out: the last of each 1,000 texts, which do not fill 24; line_by_line=True"),
+    ],
+)
+def test_texts_that_are_too_short_are_told(line_by_line: bool, sentence: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert [len(tokenizer(text)["input_ids"]) for text in ("the cat", "a")] == [4, 1]
+    texts = Dataset.from_dict({"text": ["the cat"] * 10 + ["a"] * 2})
+    said: list[str] = []
+    tokenise(texts, tokenizer, 24, line_by_line=line_by_line, notify=said.append)
+    assert [each[: len(sentence)] for each in said] == [sentence]

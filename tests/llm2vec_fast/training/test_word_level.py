@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,3 +296,78 @@ def test_entities_count_whole() -> None:
     scores = word_scores([["B-PER", "O", "O", "B-LOC"]], labels)
     assert scores == {"accuracy": 0.75, "f1": 0.5, "precision": 0.5, "recall": 0.5}
     assert word_scores([["DT", "NN"]], [["DT", "VB"]]) == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words", "labels"),
+    [
+        ("a.txt", "New York\tB-LOC\nOld Town\tB-LOC\n", ["New York", "Old Town"], ["B-LOC", "B-LOC"]),
+        ("a.tsv", "a\tDT\r\nNew York\tNN\t\r\n", ["a", "New York"], ["DT", "NN"]),
+        ("a.tsv", "a\t\tDT\ncat \tx\tNN\n", ["a", "cat"], ["DT", "NN"]),
+        ("a.txt", "10\u00a0000 NUM\n\u3000 SYM\na\u2028b\fc X \n", ["10\u00a0000", "\u3000", "a\u2028b\fc"], None),
+        ("a.txt", '" \'\'\n"a "\n# O\n', ['"', '"a', "#"], ["''", '"', "O"]),
+        ("a.txt", "\ufeff-DOCSTART- O\n\na DT\n\ufeff-DOCSTART- O\n", ["a"], ["DT"]),
+        ("a.txt", "NA null\nnan None\n007 1.50\n", ["NA", "nan", "007"], ["null", "None", "1.50"]),
+        ("a.txt", "a DT\rcat NN\r", ["a", "cat"], ["DT", "NN"]),
+    ],
+)
+def test_words_and_labels_are_what_the_file_says(
+    tmp_path: Path, name: str, content: str, words: list[str], labels: list[str] | None
+) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    (found,) = read_sentences([str(tmp_path / name)], "0", "-1")
+    assert found.words == words
+    assert labels is None or found.labels == labels
+
+
+@pytest.mark.parametrize(
+    ("words", "labels", "message"),
+    [
+        (["a", None], ["X", "Y"], "row 1 of .*: the word is null"),
+        (["a", "b"], ["X", None], "row 1 of .*: the label is null"),
+        (["a", ""], ["X", ""], "row 1 of .*: the label is empty"),
+        ([1999, 5], ["X", "Y"], "row 1 of .*: the word is not a string but int '1999'"),
+        ([1.5], ["X"], "row 1 of .*: the word is not a string but float '1.5'"),
+        (["a"], [True], "row 1 of .*: the label is not a string but bool 'True'"),
+        ([b"\xff"], ["X"], "row 1 of .*: byte 0xff at byte 0 of the word is not UTF-8"),
+    ],
+)
+def test_what_is_no_word_or_label_is_not_made_one(
+    tmp_path: Path, words: list[object], labels: list[object], message: str
+) -> None:
+    path = tmp_path / "words.parquet"
+    pq.write_table(pa.table({"tokens": [words], "tags": [labels]}), path)
+    with pytest.raises(UserError, match=message):
+        read_sentences([str(path)], "tokens", "tags")
+
+
+def test_words_of_bytes_and_labels_of_numbers_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "words.parquet"
+    pq.write_table(pa.table({"tokens": [["caf\u00e9".encode(), b"a"]], "tags": [[3, 0]]}), path)
+    assert read_sentences([str(path)], "tokens", "tags") == [(["caf\u00e9", "a"], ["3", "0"])]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", "a\tDT\ncat\t\n", r"line 2 of .* has 1 columns where those before have 2"),
+        ("a.tsv", "a\tx\tDT\n\tx\tNN\n", r"line 2 of .* has 2 columns where"),
+        ("a.tsv", "a\tDT\tx\ncat\t\tx\n", r"line 2 of .* has nothing in label_column=1: give each word its label"),
+        ("a.conllu", "1\ta\ta\tDT\n2 cat cat NN\n", r"line 2 of .* begins with '2 cat cat NN', which numbers no word"),
+    ],
+)
+def test_a_line_that_lacks_a_field_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_sentences([str(tmp_path / name)], "0", "1")
+
+
+def test_words_and_files_that_are_of_no_use_are_told(
+    arguments: Callable[..., WordLevelArguments], columns: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "long.txt").write_text("cat NN\n\u00a0 SYM\n" + "mat NN\n" * 90)
+    files = [columns, str(tmp_path / "empty.txt"), str(tmp_path / "long.txt")]
+    train_word_level(arguments(train_file=files, max_steps=1, save_strategy="no"))
+    assert "empty.txt holds no labelled sentence" in caplog.text
+    assert re.search(r"\d+ of \d+ words of train_file have no token of their own: they are white space or", caplog.text)
