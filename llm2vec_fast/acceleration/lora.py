@@ -10,7 +10,6 @@ from ..kernels.lora import lora_linear
 from .linear import PackedLinear
 from .swapping import Acceleration, is_replaced, stock_class, swap
 
-
 _PLAIN_LINEAR = (nn.Linear, PackedLinear)
 
 
