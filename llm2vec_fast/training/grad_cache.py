@@ -213,11 +213,6 @@ class _Later(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-        if not torch.autograd._is_checkpoint_valid():
-            raise RuntimeError(
-                "the loss of GradCache is one for backward(), which fills .grad: torch.autograd.grad and "
-                "backward(inputs=...) do not reach the model"
-            )
         ctx.run(gradients)
         return None, *(None for _ in gradients)
 
