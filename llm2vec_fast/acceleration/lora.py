@@ -1,4 +1,4 @@
-"""LoRA layers of peft in training: the frozen product and the adapter in one, and little kept for the backward pass."""
+"""LoRA layers of peft: the frozen product and the adapter in one, and little kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -51,4 +51,5 @@ def fuse_lora(model: nn.Module, report: Acceleration) -> None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or is_replaced(module))
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks or is_replaced(module))

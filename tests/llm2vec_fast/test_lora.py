@@ -99,7 +99,8 @@ def test_a_pass_without_a_graph_gives_the_bits_of_one_with_a_graph(training: boo
 
 
 @pytest.mark.parametrize(
-    "kind", ["dora", "bias", "disabled", "merged", "two adapters", "all trained", "hook", "dropout", "part"]
+    "kind",
+    ["dora", "bias", "disabled", "merged", "two adapters", "all trained", "hook", "backward hook", "dropout", "part"],
 )
 def test_what_is_not_plain_runs_as_peft_does(kind: str, calls: list[float]) -> None:
     settings = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(kind, {})
@@ -115,6 +116,10 @@ def test_what_is_not_plain_runs_as_peft_does(kind: str, calls: list[float]) -> N
         for name, module in model.named_modules():
             if name.endswith("lora_A.default"):
                 module.register_forward_hook(lambda module, args, out: 2 * out)
+    elif kind == "backward hook":
+        for name, module in model.named_modules():
+            if name.endswith("base_layer"):
+                module.register_full_backward_hook(lambda module, given, found: None)
     elif kind in ("dropout", "part"):  # of a class of the user's own
         for name, module in model.named_modules():
             if kind == "dropout" and name.endswith("lora_dropout"):

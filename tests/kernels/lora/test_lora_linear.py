@@ -110,6 +110,16 @@ def test_without_a_graph_it_keeps_nothing() -> None:
     assert held() is None
 
 
+def test_without_a_graph_it_can_be_traced_and_vectorised() -> None:
+    x, weight, bias, down, up, _ = inputs((6, 5, 16, 12, 2), torch.float32, torch.float32)
+    with torch.no_grad():
+        expected = lora_linear(x, weight, bias, down, up, 1.0)
+        traced = torch.jit.trace(lambda x: lora_linear(x, weight, bias, down, up, 1.0), x)
+        torch.testing.assert_close(traced(x), expected)
+        assert "PythonOp" not in str(traced.graph)
+        torch.testing.assert_close(torch.vmap(lambda x: lora_linear(x, weight, bias, down, up, 1.0))(x), expected)
+
+
 @pytest.mark.parametrize("dropout_p", [0.05, 0.2])
 def test_its_gradient_under_dropout_is_the_slope_of_what_the_seed_drops(dropout_p: float) -> None:
     """In float64; the loss is linear in each leaf, so that central differences have no error but rounding."""
