@@ -242,3 +242,12 @@ def test_a_checkpointed_lora_layer_alone() -> None:
     checkpoint(run, x, use_reentrant=True).sum().backward()
     assert [graph for graph, _ in passes] == [False, True]
     assert torch.equal(passes[0][1], passes[1][1])
+
+
+def test_reentrant_checkpointing_that_loses_the_graph_is_named() -> None:
+    """Embeddings are frozen under an adapter: without a hook no input of the checkpointed layers has a gradient."""
+    model = adapted()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.get_base_model().disable_input_require_grads()
+    with pytest.raises(ValueError, match="call its enable_input_require_grads"):
+        gradients(cached, model)
