@@ -53,7 +53,8 @@ class GradCache:
             equal work. A longer text is alone. Those of a padded input count with their padding.
         model: the module that ``encode`` runs, where ``encode`` is a function: if it has ``no_sync``
             (DistributedDataParallel), ranks exchange gradients once, with the last chunk. ``encode`` must call this
-            wrapper, not the module inside, and every rank have the same number of chunks or more than none.
+            wrapper, not the module inside, and every rank have the same number of chunks or more than none. Where
+            weights are sharded (FSDP) it must be the same number, which ``token_budget`` does not promise.
 
     Raises:
         ValueError: not one of chunk_size and token_budget was given, or it is not positive.
