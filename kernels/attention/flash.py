@@ -223,7 +223,8 @@ def _call_problem(package: str, device: torch.device, call: Call) -> str | None:
         return f"{name} has no dropout together with softcap"
     if call.sequences > MAX_SEQUENCES_2:
         return f"{name} takes {MAX_SEQUENCES_2:,} sequences at most, not {call.sequences:,}"
-    if call.dropout and call.gradient and call.head_dim > 192 and not _has_large_shared_memory(device):
+    # Without a gradient too: another backend would run the pass for it, and drop other weights.
+    if call.dropout and call.head_dim > 192 and not _has_large_shared_memory(device):
         return f"the gradient of {name} with dropout at head_dim {call.head_dim} needs sm_80 or sm_90"
     return None
 

@@ -28,7 +28,8 @@ def lora_linear(
 
     The adapter's products run in x's dtype and accumulate in float32, as under autocast, while its weights may be kept
     in float32. For the backward pass it keeps x itself, which the layers that share an input keep once, rows of r
-    numbers, and with dropout one byte an element of x; peft keeps a float32 copy of x a layer.
+    numbers, and with dropout one byte an element of x; peft keeps a float32 copy of x a layer. Without a graph it keeps
+    nothing, and gives the same bits: dropout draws the same from the same state of PyTorch's generator.
 
     Args:
         x: (…, in).

@@ -13,11 +13,14 @@ def lora_linear_blocked(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout_p: float
 ) -> Tensor:
     kept = _kept(x, dropout_p) if dropout_p else None
-    return _LoraLinear.apply(x, weight, bias, down, up, kept, scaling, 1 / (1 - dropout_p))
+    enlarged = 1 / (1 - dropout_p)
+    if not torch.is_grad_enabled():  # the same, without what torch.jit.trace and vmap do not take
+        return _products(x, weight, bias, down, up, kept, scaling * enlarged)[0]
+    return _LoraLinear.apply(x, weight, bias, down, up, kept, scaling * enlarged)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """``kept`` marks the elements of x that dropout leaves, ``enlarged`` is what it multiplies them by."""
+    """``kept`` marks the elements of x that dropout leaves; ``scaling`` is with what it multiplies them by."""
 
     @staticmethod
     def forward(
@@ -29,14 +32,10 @@ class _LoraLinear(torch.autograd.Function):
         up: Tensor,
         kept: Tensor | None,
         scaling: float,
-        enlarged: float,
     ) -> Tensor:
-        rows = _rows(_dropped(x, kept))
-        inner = rows @ down.to(x.dtype).T  # (T, r)
-        out = F.linear(x, weight, bias)
-        _rows(out).addmm_(inner, up.to(x.dtype).T, alpha=scaling * enlarged)
+        out, inner = _products(x, weight, bias, down, up, kept, scaling)
         ctx.save_for_backward(x, weight, down, up, kept, inner)
-        ctx.scaling = scaling * enlarged
+        ctx.scaling = scaling
         return out
 
     @staticmethod
@@ -57,7 +56,17 @@ class _LoraLinear(torch.autograd.Function):
             grad_down = (grad_inner.T @ _rows(_dropped(x, kept))).to(down.dtype)
         if needs_up:
             grad_up = (rows.T @ inner).mul_(ctx.scaling).to(up.dtype)
-        return grad_x, None, None, grad_down, grad_up, None, None, None
+        return grad_x, None, None, grad_down, grad_up, None, None
+
+
+def _products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, kept: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The output (…, out), and the adapter's inner rows (T, r)."""
+    inner = _rows(_dropped(x, kept)) @ down.to(x.dtype).T
+    out = F.linear(x, weight, bias)
+    _rows(out).addmm_(inner, up.to(x.dtype).T, alpha=scaling)
+    return out, inner
 
 
 def _kept(x: Tensor, dropout_p: float) -> Tensor:

@@ -62,8 +62,9 @@ def accelerate(
             they take the memory of the layers' weights once more, unless those lie in a file that can be read again,
             and are left out where they would exceed a quarter of the machine's (or container's) memory. After writing
             to a few elements of a weight through ``.data``, which leaves no trace, call this again.
-        lora: where peft trains one plain adapter on a frozen linear layer, run both in one operation, the adapter's
-            products in the layer's dtype as under autocast; without it they run in the adapter's own.
+        lora: where one plain adapter of peft lies on a frozen linear layer, run both in one operation, in training and
+            in use, the adapter's products in the layer's dtype as under autocast; without it they run in the adapter's
+            own.
         owner: who asks. What one owner swapped no other's `restore` takes away.
 
     Returns:

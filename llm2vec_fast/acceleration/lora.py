@@ -1,4 +1,4 @@
-"""LoRA layers of peft in training: the frozen product and the adapter in one, and little kept for the backward pass."""
+"""LoRA layers of peft: the frozen product and the adapter in one, and little kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from ..kernels.lora import lora_linear
 from .linear import PackedLinear
 from .swapping import Acceleration, is_replaced, stock_class, swap
 
+_PLAIN_LINEAR = (nn.Linear, PackedLinear)
+
 
 class LeanLoraLinear(LoraLinear):
-    """Runs our operation where one plain adapter is trained on a frozen layer, and peft's own code anywhere else."""
+    """Runs our operation where one plain adapter lies on a frozen layer, and peft's own code anywhere else.
+
+    Which of the two runs does not depend on whether a graph is kept: they draw other dropout masks, and what GradCache
+    or reentrant checkpointing runs without a graph first must drop what the pass for its gradient drops.
+    """
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         name = self._only_adapter()
-        if args or kwargs or name is None or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if args or kwargs or name is None or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
         base, dropout = self.base_layer, self.lora_dropout[name]
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        share = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return lora_linear(x, base.weight, base.bias, down, up, self.scaling[name], share)
 
     def _only_adapter(self) -> str | None:
@@ -29,10 +35,11 @@ class LeanLoraLinear(LoraLinear):
         if len(active) != 1 or self.disable_adapters or self.merged or active[0] in self.lora_variant:
             return None
         (name,), base = active, self.base_layer
-        parts = (base, self.lora_A[name], self.lora_B[name], self.lora_dropout[name])
-        plain = type(base) in (nn.Linear, PackedLinear) and self.lora_B[name].bias is None
+        down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        plain = all(type(part) in _PLAIN_LINEAR for part in (base, down, up)) and up.bias is None
+        plain = plain and type(dropout) in (nn.Dropout, nn.Identity) and getattr(dropout, "p", 0.0) < 1
         frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-        return name if plain and frozen and not any(map(_is_hooked, parts)) else None
+        return name if plain and frozen and not any(map(_is_hooked, (base, down, up, dropout))) else None
 
 
 def fuse_lora(model: nn.Module, report: Acceleration) -> None:
@@ -44,4 +51,5 @@ def fuse_lora(model: nn.Module, report: Acceleration) -> None:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or is_replaced(module))
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks or is_replaced(module))

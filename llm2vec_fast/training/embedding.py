@@ -9,7 +9,7 @@ backward pass, and exchanges gradients once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from llm2vec_fast.acceleration.swapping import subclass, swap
 from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.kernels.pooling import POOLING_MODES, pool
+from llm2vec_fast.training.chunks import pieces
 from llm2vec_fast.training.packing import filled
 
 LOG_SCALE = "log_scale"  # the decoder's parameter
@@ -87,7 +88,7 @@ def _embedded(
 
     given = [
         (piece, input_ids[:, tokens], position_ids[:, tokens], None if skip is None else skip[texts])
-        for piece, texts, tokens in _pieces(layout, decoder._token_budget)
+        for piece, texts, tokens in pieces(layout, decoder._token_budget)
     ]
     passes = _passes(decoder, len(given))
     again = partial(checkpoint, embed, use_reentrant=False) if passes > 1 else embed
@@ -110,18 +111,3 @@ def _passes(decoder: PreTrainedModel, pieces: int) -> int:
     most = torch.tensor(pieces, device=decoder.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(most)
-
-
-def _pieces(layout: SequenceLayout, budget: int | None) -> Iterator[tuple[SequenceLayout, slice, slice]]:
-    """The sequences cut, in order, into packed batches of at most ``budget`` tokens; which texts and rows they are."""
-    if budget is None or layout.total <= budget:
-        yield layout, slice(0, len(layout)), slice(0, layout.total)
-        return
-    lengths = layout.lengths.tolist()
-    first, start, held = 0, 0, 0
-    for text, length in enumerate([*lengths, budget + 1]):
-        if text > first and held + length > budget:
-            piece = SequenceLayout.from_lengths(lengths[first:text], layout.device)
-            yield piece, slice(first, text), slice(start, start + held)
-            first, start, held = text, start + held, 0
-        held += length

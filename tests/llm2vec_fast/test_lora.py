@@ -32,6 +32,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return shares
 
 
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 def adapted(dtype: torch.dtype = torch.float32, **settings: object) -> PeftModel:
     torch.manual_seed(3)
     config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | settings)
@@ -71,7 +81,27 @@ def test_dropout_acts_in_training_only(calls: list[float]) -> None:
     assert set(calls) == {0.0}
 
 
-@pytest.mark.parametrize("kind", ["dora", "bias", "disabled", "merged", "two adapters", "all trained", "hook", "use"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_pass_without_a_graph_gives_the_bits_of_one_with_a_graph(training: bool, dtype: torch.dtype) -> None:
+    """Each layer, whatever the dtype that the adapter's weights are kept in."""
+    model = adapted(dtype, lora_dropout=0.2).train(training)
+    accelerate(model, linear=False)
+    layer = model.get_base_model().layers[0].mlp.up_proj
+    x = torch.randn(11, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(4)).to(dtype)
+    results = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        torch.manual_seed(5)
+        with mode():
+            results.append(layer(x).detach())
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["dora", "bias", "disabled", "merged", "two adapters", "all trained", "hook", "backward hook", "dropout", "part"],
+)
 def test_what_is_not_plain_runs_as_peft_does(kind: str, calls: list[float]) -> None:
     settings = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(kind, {})
     model = adapted(**settings)
@@ -86,13 +116,22 @@ def test_what_is_not_plain_runs_as_peft_does(kind: str, calls: list[float]) -> N
         for name, module in model.named_modules():
             if name.endswith("lora_A.default"):
                 module.register_forward_hook(lambda module, args, out: 2 * out)
+    elif kind == "backward hook":
+        for name, module in model.named_modules():
+            if name.endswith("base_layer"):
+                module.register_full_backward_hook(lambda module, given, found: None)
+    elif kind in ("dropout", "part"):  # of a class of the user's own
+        for name, module in model.named_modules():
+            if kind == "dropout" and name.endswith("lora_dropout"):
+                module["default"] = Doubled()
+            elif kind == "part" and name.endswith("lora_A.default"):
+                module.__class__ = DoubledLinear
 
     def run(model: PeftModel) -> Tensor:
         if kind == "disabled":
             with model.disable_adapter():
                 return model(input_ids=IDS, use_cache=False).last_hidden_state
-        with torch.set_grad_enabled(kind != "use"):
-            return model(input_ids=IDS, use_cache=False).last_hidden_state
+        return model(input_ids=IDS, use_cache=False).last_hidden_state
 
     expected = run(model)
     accelerate(model, attention=False, norm=False, rotary=False, swiglu=False, loss=False, linear=False)

@@ -30,6 +30,24 @@ def test_every_backend_and_layout_drops_the_same_elements(backend, kind):
     assert not torch.equal(_weights(layout, 70, backend=backend, seed=4)[layout.rows] != 0, expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("kind", ["packed", "left"])
+def test_a_pass_without_a_graph_drops_what_one_with_a_graph_drops(backend, kind):
+    """Whatever the two group sequences by: their lengths, and a window, differ."""
+    layout = make_layout(kind, (40, 3, 9, 11, 1, 9))
+    q = torch.randn(layout.total, 2, 40, generator=torch.Generator().manual_seed(1))
+    v = torch.zeros(layout.total, 2, 40)
+    v[layout.rows, :, layout.position_ids[layout.rows]] = 1.0  # so that the output is the weights
+    kept = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        torch.manual_seed(6)
+        leaves = [x.detach().requires_grad_() for x in (q, q, v)]
+        with mode():
+            kept.append(attention(*leaves, layout, dropout_p=0.3, window=20, backend=backend)[layout.rows] != 0)
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+
+
 @pytest.mark.parametrize("rule", [{}, {"window": 20}, {"causal": True}], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "blocked"])
 def test_output_is_as_exact_as_pytorch_with_the_same_mask(backend, rule):

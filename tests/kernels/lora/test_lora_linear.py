@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -80,6 +81,80 @@ def test_dropout_keeps_its_share_and_the_gradient_sees_the_same_elements(dropout
     assert torch.equal(down.grad != 0, kept)
     torch.testing.assert_close(out.item(), kept.sum().item() / (1 - dropout_p))
     torch.testing.assert_close(x.grad[kept], torch.full_like(x.grad[kept], 1 / (1 - dropout_p)))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pass_without_a_graph_gives_the_bits_of_one_with_a_graph(dtype: torch.dtype, backend: str) -> None:
+    x, weight, bias, down, up, _ = inputs((30, 64, 48, 4), dtype, torch.float32)
+    results = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        torch.manual_seed(4)
+        with mode():
+            adapter = down.detach().requires_grad_(), up.detach().requires_grad_()
+            out = lora_linear(x.detach().requires_grad_(), weight, bias, *adapter, 0.5, 0.2, backend=backend)
+        assert out.requires_grad == (mode is torch.enable_grad)
+        results.append((out.detach(), torch.rand(1)))  # and leaves the generator where the other does
+    for other in results[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(other, results[0], strict=True))
+
+
+def test_without_a_graph_it_keeps_nothing() -> None:
+    x, weight, bias, down, up, _ = inputs((30, 64, 48, 4), torch.float32, torch.float32)
+    x = x.clone()
+    held = weakref.ref(x)
+    with torch.no_grad():
+        out = lora_linear(x, weight, bias, down.requires_grad_(), up.requires_grad_(), 1.0, 0.2)
+    del x
+    assert out.grad_fn is None
+    assert held() is None
+
+
+def test_without_a_graph_it_can_be_traced_and_vectorised() -> None:
+    x, weight, bias, down, up, _ = inputs((6, 5, 16, 12, 2), torch.float32, torch.float32)
+    with torch.no_grad():
+        expected = lora_linear(x, weight, bias, down, up, 1.0)
+        traced = torch.jit.trace(lambda x: lora_linear(x, weight, bias, down, up, 1.0), x)
+        torch.testing.assert_close(traced(x), expected)
+        assert "PythonOp" not in str(traced.graph)
+        torch.testing.assert_close(torch.vmap(lambda x: lora_linear(x, weight, bias, down, up, 1.0))(x), expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.05, 0.2])
+def test_its_gradient_under_dropout_is_the_slope_of_what_the_seed_drops(dropout_p: float) -> None:
+    """In float64; the loss is linear in each leaf, so that central differences have no error but rounding."""
+    *tensors, grad = inputs((20, 12, 9, 3), torch.float64, torch.float64)
+    x, weight, bias, down, up = tensors
+
+    def loss(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(2)
+        return (lora_linear(x, weight, bias, down, up, 0.7, dropout_p) * grad).sum()
+
+    leaves = [leaf.requires_grad_() for leaf in (x, down, up)]
+    gradients = torch.autograd.grad(loss(*leaves), leaves)
+    for i, gradient in enumerate(gradients):
+        with torch.no_grad():
+            ends = [loss(*(leaf + step * gradients[j] * (i == j) for j, leaf in enumerate(leaves))) for step in (1, -1)]
+        torch.testing.assert_close((ends[0] - ends[1]) / 2, gradient.square().sum())
+
+
+def test_compiled_it_drops_the_same_with_and_without_a_graph() -> None:
+    """Under inductor, which has random numbers of its own."""
+    torch._dynamo.reset()
+    wide = 256
+    zeros, down = torch.zeros(wide, wide), torch.eye(wide).requires_grad_()
+    run = torch.compile(lambda x: lora_linear(x, zeros, None, down, torch.eye(wide), 1.0, 0.2))
+    out = []
+    for graph in (True, False):
+        torch.manual_seed(3)
+        with torch.set_grad_enabled(graph):
+            out.append(run(torch.ones(64, wide)))
+    out[0].sum().backward()
+    kept = out[0] != 0
+    deviation = (0.2 * 0.8 / kept.numel()) ** 0.5
+    assert abs(kept.double().mean().item() - 0.8) < 5 * deviation
+    assert torch.equal(out[1] != 0, kept)
+    torch.testing.assert_close(down.grad[0], kept.sum(0) / 0.8)
 
 
 def test_it_keeps_x_and_a_few_numbers_a_row() -> None:

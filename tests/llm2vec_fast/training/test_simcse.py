@@ -101,6 +101,21 @@ def test_a_batch_embedded_in_pieces_gives_the_gradients_of_the_whole(step, budge
         assert_matches(pieces[name].numpy(), x.numpy())
 
 
+def test_pieces_give_the_gradients_of_the_whole_for_a_matryoshka_loss(step) -> None:
+    nested = {
+        "attention_dropout": 0.0,
+        "scale": 2.0,
+        "matryoshka_dims": [3, 8, 64],
+        "matryoshka_weights": [1.0, 2.0, 1.0],
+    }
+    whole_loss, whole = step(**nested)
+    loss, pieces = step(**nested, token_budget=30)
+    assert_matches(loss.numpy(), whole_loss.numpy())
+    assert float(whole_loss) != float(step(attention_dropout=0.0, scale=2.0)[0])
+    for name, x in whole.items():
+        assert_matches(pieces[name].numpy(), x.numpy())
+
+
 def test_pieces_drop_the_same_when_their_gradient_is_due(step, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, one piece computed twice against one computed once: other random numbers would show."""
     _, kept = step(attention_dropout=0.3, token_budget=30)
