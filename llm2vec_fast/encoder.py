@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional, require_packed_attention
+from .bidirectional import decoder_of, make_bidirectional, require_packed_attention, runs_our_attention
 from .engine.cores import usable_threads
 from .engine.describe import describe
 from .engine.locks import ModelLock, lock_of
@@ -75,12 +75,12 @@ class LLM2Vec(nn.Module):
         accelerate: bool = True,
     ) -> None:
         super().__init__()
-        config = decoder_of(model).config
+        decoder = decoder_of(model)
         self.training = model.training
         if pooling_mode not in POOLING_MODES:
             raise ValueError(f"pooling_mode={pooling_mode!r} is unknown: choose one of {', '.join(POOLING_MODES)}")
-        if config._attn_implementation != ATTENTION_NAME:  # any other would look across the texts of a packed batch
-            make_bidirectional(model, enabled=not getattr(config, "is_causal", True))
+        if not runs_our_attention(decoder):  # any other would look across the texts of a packed batch
+            make_bidirectional(model, enabled=not getattr(decoder.config, "is_causal", True))
         self.model = model
         self.tokenizer = tokenizer
         self.config = model.config
@@ -88,7 +88,7 @@ class LLM2Vec(nn.Module):
         self.max_length = max_length
         self.doc_max_length = doc_max_length
         self.skip_instruction = skip_instruction
-        self.checkpoint = checkpoint or str(getattr(config, "_name_or_path", ""))
+        self.checkpoint = checkpoint or str(getattr(decoder.config, "_name_or_path", ""))
         self._token_budget = token_budget
         self.accelerate = accelerate
         self._replica: Replica | None = None
