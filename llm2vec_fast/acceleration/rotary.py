@@ -44,8 +44,8 @@ def with_our_rotary(stock: type[nn.Module]) -> type[nn.Module]:
 
 @torch.no_grad()
 def _turns_halves(function: FunctionType) -> bool:
-    q, k = torch.linspace(-1, 1, 32, dtype=torch.float64).view(2, 1, 2, 2, 4)
-    angles = torch.tensor([[[0.1, 0.7, 0.1, 0.7], [0.4, 1.9, 0.4, 1.9]]], dtype=torch.float64)
+    q, k = torch.linspace(-1, 1, 32, dtype=torch.float64, device="cpu").view(2, 1, 2, 2, 4)
+    angles = q.new_tensor([[[0.1, 0.7, 0.1, 0.7], [0.4, 1.9, 0.4, 1.9]]])
     try:
         theirs = function(q, k, angles.cos(), angles.sin())
     except (TypeError, RuntimeError, ValueError):
