@@ -50,7 +50,7 @@ class LLM2Vec(nn.Module):
         model: a transformers decoder, bare, with a head or in a peft model. It keeps the direction its configuration
             states (``is_causal``); call `make_bidirectional` first, or use `from_pretrained`.
         tokenizer: its fast tokenizer. A padding token is not needed.
-        pooling_mode: "mean", "weighted_mean", "eos_token", "last_token" or "bos_token".
+        pooling_mode: "mean", "weighted_mean", "mean_sqrt_len", "max", "eos_token", "last_token" or "bos_token".
         max_length: tokens of a text, prompt included; what is beyond is cut. A model with a table of fewer positions
             (GPT-2, OPT) cuts there, with a warning.
         doc_max_length: tokens of a text without its prompt; words beyond are dropped.
