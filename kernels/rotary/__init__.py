@@ -28,7 +28,7 @@ def rotary(
             transformers never needs, is the reference's alone: "auto" then picks it.
 
     Returns:
-        The turned queries and keys, in their shapes, dtypes and order in memory.
+        The turned queries and keys, in their shapes, dtypes and, but for the reference's, order in memory.
 
     Raises:
         ValueError: the shapes do not belong together, or q or k is not of a floating-point dtype.
