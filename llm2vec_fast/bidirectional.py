@@ -53,7 +53,8 @@ def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
 
     Raises:
         UnsupportedModelError: its attention does not go through the interface, some of its layers are not attention, or
-            a trial of a few tokens fails or mixes texts. The model is then as it was.
+            a trial of a few tokens fails, mixes texts, or shows a part that our attention leaves out (ALiBi and other
+            biases, sinks, masks of a layer's own). The model is then as it was.
     """
     decoder = decoder_of(model)
     check_stated(decoder, enabled)

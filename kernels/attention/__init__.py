@@ -71,9 +71,8 @@ def attention(
         ValueError: shapes, dtypes or devices do not fit together, or a setting is out of range.
         BackendUnavailableError: an explicit backend cannot run this call.
 
-    What encoders of whole texts have no use for is left out, here as in `make_bidirectional`, which refuses a model that
-    needs it: key-value caches and queries that are not as many as the keys, ALiBi and other biases or masks on the
-    logits, attention sinks, chunks, and whatever only helps to decode token by token.
+    What an encoder of whole texts has no use for is left out: key-value caches and queries that are not as many as the
+    keys, ALiBi and other biases or masks on the logits, attention sinks, and whatever only helps to decode.
 
     Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); softmax and sums in float32.
     """

@@ -48,7 +48,7 @@ def _turns_halves(function: FunctionType) -> bool:
     angles = q.new_tensor([[[0.1, 0.7, 0.1, 0.7], [0.4, 1.9, 0.4, 1.9]]])
     try:
         theirs = function(q, k, angles.cos(), angles.sin())
-    except (TypeError, RuntimeError, ValueError):
+    except Exception:  # a stranger's code may ask for a GPU
         return False
     ours = rotary(q, k, angles.cos(), angles.sin(), backend="reference")
     return all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(theirs, ours, strict=True))

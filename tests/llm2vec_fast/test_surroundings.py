@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, SHAPE, tiny_model
 from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
 
 from llm2vec_fast.acceleration import accelerate
 from llm2vec_fast.bidirectional import make_bidirectional
@@ -112,3 +113,53 @@ def test_parts_that_cannot_be_tried_are_left_alone() -> None:
 
 def test_a_model_whose_weights_come_later_is_swapped_like_one_that_has_them() -> None:
     assert accelerate(tiny_model("gemma3").to("meta")).swapped == accelerate(tiny_model("gemma3")).swapped
+
+
+class NoGpuError(Exception):
+    """What another library's kernel raises on a CPU tensor."""
+
+
+def patched_as_liger_does(model: nn.Module, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Methods on instances, and another rotary function under the name in transformers' own module."""
+    stock_rotary = modeling_llama.apply_rotary_pos_emb
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        if q.dtype == torch.float64:  # as we try it
+            raise NoGpuError
+        calls.append("rotary")
+        return stock_rotary(q, k, cos, sin, unsqueeze_dim)
+
+    def counted(module: nn.Module, name: str) -> None:
+        stock = type(module).forward
+
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            calls.append(name)
+            return stock(self, x)
+
+        module.__dict__["forward"] = forward.__get__(module, type(module))
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turned)
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in ("LlamaRMSNorm", "LlamaMLP"):
+            counted(module, kind)
+    return model
+
+
+@pytest.mark.parametrize("both_ways", [False, True], ids=["causal", "bidirectional"])
+def test_what_another_library_has_patched_stays_its_own(both_ways: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = tiny_model("llama"), []
+    plain.config.is_causal = not both_ways
+    with torch.no_grad():
+        expected = plain(input_ids=IDS, use_cache=False).last_hidden_state
+        model = patched_as_liger_does(tiny_model("llama"), calls, monkeypatch)
+        if both_ways:
+            make_bidirectional(model)
+        report = accelerate(model)
+        assert set(report.swapped) == (set() if both_ways else {"attention"})
+        assert "was replaced" in report.left["LlamaRMSNorm"]
+        assert "was replaced" in report.left["LlamaMLP"]
+        assert "pairs columns in another way" in report.left["LlamaAttention"]
+        calls.clear()
+        torch.testing.assert_close(model(input_ids=IDS).last_hidden_state, expected, atol=1e-4, rtol=0)
+    assert {name: calls.count(name) for name in calls} == {"LlamaRMSNorm": 7, "LlamaMLP": 3, "rotary": 3}
