@@ -74,6 +74,8 @@ def test_another_model_of_the_same_configuration_stays_as_it_is(change, built: s
 def test_a_model_built_from_a_changed_ones_configuration_can_be_changed_by_itself() -> None:
     teacher = make_bidirectional(tiny_model("llama"))
     student = LlamaModel(teacher.config).eval()
+    with pytest.raises(ValueError, match=r"call make_bidirectional.model., or model.set_attn_implementation"):
+        states(student)
     assert "attention" in accelerate(student).swapped
     both_ways = states(teacher)
     make_bidirectional(student, enabled=False)
