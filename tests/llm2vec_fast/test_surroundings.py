@@ -111,8 +111,20 @@ def test_parts_that_cannot_be_tried_are_left_alone() -> None:
         torch.testing.assert_close(model(input_ids=IDS).last_hidden_state, expected, atol=1e-4, rtol=0)
 
 
-def test_a_model_whose_weights_come_later_is_swapped_like_one_that_has_them() -> None:
-    assert accelerate(tiny_model("gemma3").to("meta")).swapped == accelerate(tiny_model("gemma3")).swapped
+@pytest.mark.parametrize("later", [lambda x: x.to("meta"), lambda x: x.new_empty(0)], ids=["meta", "placeholder"])
+def test_a_model_whose_weights_come_later_is_swapped_like_one_that_has_them(later) -> None:
+    """As where it is sharded: each layer gets its weight for its call."""
+    model, stock = tiny_model("gemma3"), tiny_model("gemma3")
+    there = {module: module._parameters for module in model.modules()}
+    for module, weights in there.items():
+        module._parameters = {
+            name: nn.Parameter(later(weight)) for name, weight in weights.items() if weight is not None
+        }
+    assert accelerate(model, attention=False).swapped == accelerate(stock, attention=False).swapped
+    for module, weights in there.items():
+        module._parameters = weights
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).last_hidden_state, stock(input_ids=IDS).last_hidden_state)
 
 
 class NoGpuError(Exception):
