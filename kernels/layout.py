@@ -36,16 +36,19 @@ class SequenceLayout:
         """Packed sequences, one after the other, with no row between them.
 
         Raises:
-            ValueError: a length is negative.
+            ValueError: a length is negative, or they are no integers.
         """
         if isinstance(lengths, Tensor):
             device = device if device is not None else lengths.device
-            host = lengths.detach().to("cpu", torch.int64)
+            given = lengths.detach().cpu()
         else:
             device = device if device is not None else torch.get_default_device()
-            host = torch.tensor(list(lengths), dtype=torch.int64, device="cpu")
+            given = torch.tensor(list(lengths), device="cpu")
+        host = given.long()
         if host.ndim != 1:
             raise ValueError(f"lengths has shape {tuple(host.shape)}: pass one length a sequence, shape (N,)")
+        if given.is_floating_point() and given.numel():
+            raise ValueError(f"lengths has dtype {given.dtype}: pass token counts, integers")
         if host.numel() and int(host.min()) < 0:
             raise ValueError(f"lengths has the negative value {int(host.min())}: pass token counts of 0 or more")
         ends = host.cumsum(0)

@@ -18,6 +18,7 @@ from .errors import UnsupportedModelError, UserError
 from .kernels import attention
 from .kernels.layout import SequenceLayout
 from .model_support import WatchedLayout, check_by_trial, check_stated
+from .own_config import give_back_config, take_own_config
 from .rope import positions_from_zero, rope_by_batch, rope_by_own_length
 
 ATTENTION_NAME = "llm2vec_fast"
@@ -34,8 +35,11 @@ def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
     Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3 and their like, bare, with a head, or inside a peft model. Afterwards it
     takes, besides stock arguments, a packed batch: ``model(input_ids=(1, T), layout=SequenceLayout)``, or the
     ``position_ids`` that restart at 0 with each text. The cache is off unless asked for. ``config.is_causal`` records
-    the choice and is saved with the model, so stock transformers, vLLM and others honour it too. Rope types that depend
-    on length, longrope and dynamic NTK, take each text's own: ``position_ids`` beside a ``layout`` rise within a text.
+    the choice and is saved with the model, so stock transformers, vLLM and others honour it too. It is a configuration
+    of the model's own, a copy: other models built from the same object, before or later, stay as they are. Rope types
+    that depend on length, longrope and dynamic NTK, take each text's own: ``position_ids`` beside a ``layout`` rise
+    within a text. After ``set_attn_implementation`` of another attention the model is a stock one again, on padded
+    batches, in the direction that its configuration states.
 
     ``torch.compile(model, fullgraph=True, dynamic=True)`` compiles it once for batches of any lengths, if each has
     its ``layout``: finding the lengths in a mask or in positions needs their values, which a compiled graph has not.
@@ -49,11 +53,12 @@ def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
 
     Raises:
         UnsupportedModelError: its attention does not go through the interface, some of its layers are not attention, or
-            a trial of a few tokens fails or mixes texts. The model is then as it was.
+            a trial of a few tokens fails, mixes texts, or shows a part that our attention leaves out (ALiBi and other
+            biases, sinks, masks of a layer's own). The model is then as it was.
     """
     decoder = decoder_of(model)
     check_stated(decoder, enabled)
-    before = attention_of(decoder)
+    before, shared = attention_of(decoder), take_own_config(model, decoder)
     try:
         decoder.config.is_causal = not enabled
         decoder._rope_by_length = rope_by_own_length(decoder)
@@ -64,6 +69,7 @@ def make_bidirectional(model: nn.Module, enabled: bool = True) -> nn.Module:
         decoder.set_attn_implementation(ATTENTION_NAME)
     except BaseException:
         put_back_attention(decoder, before)
+        give_back_config(shared)
         raise
     return model
 
@@ -105,6 +111,12 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     return model.get_decoder()
 
 
+def runs_our_attention(decoder: PreTrainedModel) -> bool:
+    """Whether `make_bidirectional` changed this very decoder; one built from its configuration has the name alone."""
+    prepared = _prepare_inputs in decoder._forward_pre_hooks.values()
+    return prepared and decoder.config._attn_implementation == ATTENTION_NAME
+
+
 def require_packed_attention(model: nn.Module) -> None:
     """Refuse a decoder whose attention was changed since: another would look across the texts of a packed batch.
 
@@ -112,11 +124,15 @@ def require_packed_attention(model: nn.Module) -> None:
         UserError: the message names the attention that it runs.
     """
     decoder = decoder_of(model)
-    if decoder.config._attn_implementation != ATTENTION_NAME:
-        raise UserError(
-            f"{type(decoder).__name__} no longer runs this library's attention but "
-            f"{decoder.config._attn_implementation!r}: call make_bidirectional(model) again"
-        )
+    if not runs_our_attention(decoder):
+        raise UserError(_changed_since(decoder))
+
+
+def _changed_since(decoder: PreTrainedModel) -> str:
+    return (
+        f"{type(decoder).__name__} no longer runs this library's attention but "
+        f"{decoder.config._attn_implementation!r}: call make_bidirectional(model) again"
+    )
 
 
 def _prepare_inputs(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -125,6 +141,10 @@ def _prepare_inputs(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     layout = kwargs.get("layout")
+    if decoder.config._attn_implementation not in (ATTENTION_NAME, _TRIAL_NAME):  # the user has set another since
+        if layout is not None:
+            raise UserError(_changed_since(decoder))
+        return args, kwargs
     if layout is None:
         layout = _layout_of(given.shape[0], given.shape[1], mask, positions, given.device)
     elif mask is not None:
@@ -175,7 +195,8 @@ def _attend(
     """transformers' attention interface: q (B, Hq, S, D), k and v (B, Hkv, S, D) → (B, S, Hq, D)."""
     if layout is None:
         raise ValueError(
-            f"attention {ATTENTION_NAME!r} got no layout: call make_bidirectional on {type(module).__name__}'s model"
+            f"{type(module).__name__} got no layout: its model was built from the configuration of one that runs this "
+            "library's attention; call make_bidirectional(model), or model.set_attn_implementation('sdpa')"
         )
     if attention_mask is not None:  # the decoder was given none: the layer made it
         raise UnsupportedModelError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .bidirectional import ATTENTION_NAME, decoder_of, make_bidirectional, require_packed_attention
+from .bidirectional import decoder_of, make_bidirectional, require_packed_attention, runs_our_attention
 from .engine.cores import usable_threads
 from .engine.describe import describe
 from .engine.locks import ModelLock, lock_of
@@ -50,7 +50,7 @@ class LLM2Vec(nn.Module):
         model: a transformers decoder, bare, with a head or in a peft model. It keeps the direction its configuration
             states (``is_causal``); call `make_bidirectional` first, or use `from_pretrained`.
         tokenizer: its fast tokenizer. A padding token is not needed.
-        pooling_mode: "mean", "weighted_mean", "eos_token", "last_token" or "bos_token".
+        pooling_mode: "mean", "weighted_mean", "mean_sqrt_len", "max", "eos_token", "last_token" or "bos_token".
         max_length: tokens of a text, prompt included; what is beyond is cut. A model with a table of fewer positions
             (GPT-2, OPT) cuts there, with a warning.
         doc_max_length: tokens of a text without its prompt; words beyond are dropped.
@@ -75,12 +75,12 @@ class LLM2Vec(nn.Module):
         accelerate: bool = True,
     ) -> None:
         super().__init__()
-        config = decoder_of(model).config
+        decoder = decoder_of(model)
         self.training = model.training
         if pooling_mode not in POOLING_MODES:
             raise ValueError(f"pooling_mode={pooling_mode!r} is unknown: choose one of {', '.join(POOLING_MODES)}")
-        if config._attn_implementation != ATTENTION_NAME:  # any other would look across the texts of a packed batch
-            make_bidirectional(model, enabled=not getattr(config, "is_causal", True))
+        if not runs_our_attention(decoder):  # any other would look across the texts of a packed batch
+            make_bidirectional(model, enabled=not getattr(decoder.config, "is_causal", True))
         self.model = model
         self.tokenizer = tokenizer
         self.config = model.config
@@ -88,7 +88,7 @@ class LLM2Vec(nn.Module):
         self.max_length = max_length
         self.doc_max_length = doc_max_length
         self.skip_instruction = skip_instruction
-        self.checkpoint = checkpoint or str(getattr(config, "_name_or_path", ""))
+        self.checkpoint = checkpoint or str(getattr(decoder.config, "_name_or_path", ""))
         self._token_budget = token_budget
         self.accelerate = accelerate
         self._replica: Replica | None = None

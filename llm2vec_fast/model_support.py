@@ -95,7 +95,8 @@ def check_by_trial(decoder: PreTrainedModel, bidirectional: bool) -> None:
     if not _can_be_tried(decoder):
         return
     tried = _with_few_layers(decoder)
-    with torch.no_grad(), _evaluating(decoder):
+    plain = torch.autocast(_device(decoder).type, enabled=False)  # what a model is does not depend on who asks
+    with torch.no_grad(), plain, _evaluating(decoder):
         try:
             found = _problem(tried, bidirectional)
         except (MemoryError, torch.OutOfMemoryError):

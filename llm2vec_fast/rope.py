@@ -91,10 +91,10 @@ def rope_by_longest(decoder: nn.Module) -> str | None:
 
 def _sees_longest(module: nn.Module, config: PreTrainedConfig) -> bool:
     module = copy.deepcopy(module)  # what it keeps of the long text goes with the copy
-    device = next((x.device for x in module.buffers()), None)
+    device = next((x.device for x in module.buffers()), torch.device("cpu"))
     positions = torch.arange(4, device=device)[None]
     far = torch.tensor([[4 * getattr(config, "max_position_embeddings", 1 << 17)]], device=device)
-    x = torch.zeros(1, 5, 8, device=device)
+    x = torch.zeros(1, 5, 8, device=device, dtype=torch.float32)
     layer_types = module.rope_type if isinstance(getattr(module, "rope_type", None), dict) else [None]
     for layer_type in layer_types:
         by_type = {} if layer_type is None else {"layer_type": layer_type}

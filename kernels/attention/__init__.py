@@ -19,6 +19,7 @@ __all__ = ["attention"]
 
 _ALL = ("reference", "blocked", "triton")
 _FLOAT64 = ("reference", "blocked")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def attention(
@@ -46,13 +47,14 @@ def attention(
         layout: which rows form a sequence, packed or padded; on the tensors' device.
         causal: a token attends to itself and earlier tokens only.
         window: a token attends to those at most ``window`` positions away, on both sides (the earlier side if causal):
-            |i − j| ≤ window, as transformers' eager and sdpa attention do. flash-attn's window of size n is n − 1 here.
+            |i − j| ≤ window, as flash-attn's ``window_size=(window, window)`` says. transformers' ``sliding_window`` n
+            is n − 1 here in a causal model, whose window counts the token itself, and n in one that attends both ways.
         softcap: logits become softcap · tanh(logits / softcap), as in Gemma 2.
         scale: factor on q·kᵀ; 1/√D if None.
         dropout_p: each attention weight is dropped with this probability (kept to 1/65536), the rest scaled up. What is
             dropped depends only on the seed, the sequence's number, head, query and key: it is the same on every
             backend but "flash", and for packed and padded batches.
-        seed: int, or a tensor of one int64, that decides what is dropped; drawn from PyTorch's generator if None.
+        seed: int, or a tensor of one integer, that decides what is dropped; drawn from PyTorch's generator if None.
         return_lse: also return the logarithm of each row's softmax denominator; no gradient flows through it.
         backend: "auto", "reference", "blocked", "triton" or "flash" (flash-attn, where it is installed). "auto" takes
             flash-attn for packed float16 and bfloat16 batches without dropout, FlashAttention-3 on sm_90 and
@@ -69,6 +71,9 @@ def attention(
         ValueError: shapes, dtypes or devices do not fit together, or a setting is out of range.
         BackendUnavailableError: an explicit backend cannot run this call.
 
+    What an encoder of whole texts has no use for is left out: key-value caches and queries that are not as many as the
+    keys, ALiBi and other biases or masks on the logits, attention sinks, and whatever only helps to decode.
+
     Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691); softmax and sums in float32.
     """
     if torch.is_autocast_enabled(q.device.type):
@@ -76,6 +81,8 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_tensors(q, k, v, layout)
     _check_settings(window, softcap, scale, dropout_p)
+    if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.is_floating_point()):
+        raise ValueError(f"seed has shape {tuple(seed.shape)} and dtype {seed.dtype}: pass one integer")
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else scale
     offer = flash.offer(q, k, v, layout, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse)
     choice = backend_for(
@@ -112,7 +119,7 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tenso
     """One int64 on ``device``; a tensor rather than an int, so that torch.compile need not know its value."""
     if seed is None:
         return torch.randint(2**62, (1,), device=device)
-    return seed.to(device) if isinstance(seed, Tensor) else torch.tensor([seed], device=device)
+    return seed.to(device, torch.int64).view(1) if isinstance(seed, Tensor) else torch.tensor([seed], device=device)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> None:
@@ -125,10 +132,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> N
         raise ValueError(
             f"q has {q.shape[0]} rows, k and v have {k.shape[0]}, the layout has {layout.total}: they must be equal"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if not (q.shape[1] and k.shape[1] and q.shape[2]):
+        raise ValueError(f"q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}: no head, or a head of no columns")
+    if q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}: the first must be a multiple of the second")
-    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: pass one floating-point dtype")
+    if q.dtype not in _DTYPES or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: pass one floating-point dtype of 16 bits or more"
+        )
     if q.device != k.device or q.device != v.device or q.device != layout.device:
         raise ValueError(
             f"q, k, v and the layout are on {q.device}, {k.device}, {v.device} and {layout.device}: move them to one"
@@ -136,8 +147,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> N
 
 
 def _check_settings(window: int | None, softcap: float | None, scale: float | None, dropout_p: float) -> None:
-    if window is not None and window < 0:
-        raise ValueError(f"window={window} is negative: pass the number of positions to each side, or None")
+    if window is not None and (isinstance(window, float) or window < 0):
+        raise ValueError(f"window={window} is no number of positions: pass how many to each side, or None")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap} is not a positive number: pass None for no cap")
     if scale is not None and not 0 < scale < math.inf:

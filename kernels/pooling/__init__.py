@@ -17,6 +17,9 @@ __all__ = ["POOLING_MODES", "pool"]
 POOLING_MODES = {
     "mean": "mean",
     "weighted_mean": "weighted_mean",
+    "mean_sqrt_len": "mean_sqrt_len",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "max": "max",
     "last": "last",
     "last_token": "last",
     "eos_token": "last",
@@ -36,12 +39,14 @@ def pool(
     """Pool the token rows of each sequence into one row.
 
     Args:
-        hidden: (T, d) token rows, packed, or padded and flattened; rows of no sequence are never read.
+        hidden: (T, d) floating-point token rows, packed, or padded and flattened; rows of no sequence are never read.
         layout: N sequences over those T rows.
         mode: "mean"; "weighted_mean" (token i of n weighs i / (1 + … + n), SGPT, https://arxiv.org/abs/2202.08904);
-            "last", also called "last_token" or "eos_token"; "first", also called "bos_token".
+            "mean_sqrt_len", also called "mean_sqrt_len_tokens" (the sum over √n); "max" (of each column; the first of
+            equal ones takes the gradient, and NaN is larger than any number); "last", also called "last_token" or
+            "eos_token"; "first", also called "bos_token".
         skip: (N,) integers, how many leading tokens of each sequence take no part (a prompt); more than a sequence
-            has leaves none. Positions of "weighted_mean" count from the first token that takes part.
+            has leaves none, fewer than 0 is 0. Only tokens that take part are counted, in positions and in n.
         normalize: divide each row by its Euclidean length; a row of zeros stays zeros.
         backend: "auto", "reference", "blocked" or "triton" (not in float64).
 
@@ -50,14 +55,18 @@ def pool(
         part gives zeros. Differentiable in ``hidden``.
 
     Raises:
-        ValueError: an unknown mode, or shapes that do not belong together.
+        ValueError: an unknown mode, shapes that do not belong together, or a dtype of another kind.
         BackendUnavailableError: the backend asked for does not exist for this operation.
     """
     if mode not in POOLING_MODES:
         raise ValueError(f"pooling mode {mode!r} is unknown: choose one of {', '.join(POOLING_MODES)}")
     if hidden.ndim != 2 or hidden.shape[0] != layout.total:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}: this layout needs ({layout.total}, d)")
-    if skip is not None and (skip.shape != layout.lengths.shape or skip.is_floating_point()):
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden has dtype {hidden.dtype}: pass floating-point rows")
+    if skip is not None and (
+        skip.shape != layout.lengths.shape or skip.is_floating_point() or skip.dtype == torch.bool
+    ):
         raise ValueError(
             f"skip has shape {tuple(skip.shape)} and dtype {skip.dtype}: pass integers of shape ({len(layout)},)"
         )
@@ -68,9 +77,9 @@ def pool(
     if choice == "reference":
         pooled = pool_reference(hidden, layout, mode, skip)
     elif choice == "blocked" and not torch.is_grad_enabled() and not compiling:
-        pooled = pool_forward(hidden, layout.starts, layout.lengths, skip, mode)
+        pooled, _ = pool_forward(hidden, layout.starts, layout.lengths, skip, mode, with_places=False)
     else:
         padded = layout.padded_shape is not None
         run = pool_operator if compiling else pool_direct
-        pooled = run(hidden, layout.starts, layout.lengths, skip, mode, padded, choice == "triton")
+        pooled, _ = run(hidden, layout.starts, layout.lengths, skip, mode, padded, choice == "triton")
     return _unit_length(pooled, dim=-1) if normalize else pooled

@@ -41,13 +41,18 @@ def rms_norm(
         (…, d) in x's dtype; with a residual that, and the sum x + residual.
 
     Raises:
-        ValueError: the weight or the residual does not fit the rows.
+        ValueError: the weight or the residual does not fit the rows, these have no column or are not of a
+            floating-point dtype, or eps is negative.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Source: Zhang and Sennrich, 2019, arXiv:1910.07467.
     """
+    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise ValueError(f"x is {tuple(x.shape)} {x.dtype}: pass floating-point rows of at least one column")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, rows have {x.shape[-1]} columns: they must be equal")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps} is not a number of 0 or more: give what is added to the mean square")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}: they must be equal"

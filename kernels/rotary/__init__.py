@@ -28,10 +28,10 @@ def rotary(
             transformers never needs, is the reference's alone: "auto" then picks it.
 
     Returns:
-        The turned queries and keys, in their shapes, dtypes and order in memory.
+        The turned queries and keys, in their shapes, dtypes and, but for the reference's, order in memory.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not belong together, or q or k is not of a floating-point dtype.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Source: Su et al., 2021, arXiv:2104.09864; pairs lie half a width apart, as in transformers.
@@ -66,6 +66,12 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -
     if q.ndim != 4 or k.ndim != 4 or q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}: pass (batch, heads, length, D)")
     length = q.shape[3 - unsqueeze_dim]
+    if k.shape[0] != q.shape[0] or k.shape[3 - unsqueeze_dim] != length:
+        raise ValueError(
+            f"q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}: they must be of one batch and one length"
+        )
+    if not (q.is_floating_point() and k.is_floating_point()):
+        raise ValueError(f"q is {q.dtype} and k is {k.dtype}: pass floating-point tensors")
     if cos.shape != sin.shape or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]) or cos.shape[1] != length:
         raise ValueError(
             f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}: pass ({q.shape[0]} or 1, {length}, w)"

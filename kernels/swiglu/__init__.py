@@ -28,7 +28,8 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str =
         (…, d) in their dtype.
 
     Raises:
-        ValueError: the activation is unknown, or gate and up differ in shape or dtype.
+        ValueError: the activation is unknown, gate and up differ in shape or dtype, have no column, or are not of a
+            floating-point dtype.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Source: Shazeer, 2020, arXiv:2002.05202.
@@ -39,6 +40,8 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str =
         raise ValueError(
             f"gate is {tuple(gate.shape)} {gate.dtype}, up is {tuple(up.shape)} {up.dtype}: they must be equal"
         )
+    if gate.shape[-1] == 0 or not gate.is_floating_point():
+        raise ValueError(f"gate is {tuple(gate.shape)} {gate.dtype}: pass floating-point rows of at least one column")
     backends = ("reference", "blocked", "triton") if gate.dtype != torch.float64 else ("reference", "blocked")
     choice = backend_for("swiglu", backend, gate, backends)
     if choice == "reference":

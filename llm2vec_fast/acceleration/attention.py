@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from ..bidirectional import (
-    ATTENTION_NAME,
     UnsupportedModelError,
     attention_of,
     decoder_of,
     make_bidirectional,
     put_back_attention,
+    runs_our_attention,
 )
 from .swapping import Acceleration
 
@@ -21,13 +21,13 @@ def swap_attention(model: nn.Module, report: Acceleration) -> None:
     """Let the decoder attend through our operation, causal or both ways as its configuration says."""
     try:
         decoder = decoder_of(model)
-        config, before = decoder.config, attention_of(decoder)
-        if config._attn_implementation == ATTENTION_NAME:
+        before = attention_of(decoder)
+        if runs_our_attention(decoder):
             report.left["attention"] = "it runs our attention already"
             if _BEFORE in decoder.__dict__:
                 decoder.__dict__[_BEFORE][1].add(report.owner)
             return
-        make_bidirectional(model, enabled=not getattr(config, "is_causal", True))
+        make_bidirectional(model, enabled=not getattr(decoder.config, "is_causal", True))
     except UnsupportedModelError as error:
         report.left["attention"] = str(error)
         return

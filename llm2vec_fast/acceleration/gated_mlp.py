@@ -49,7 +49,9 @@ def fuse_gated_mlps(model: nn.Module, report: Acceleration) -> None:
         activation = _activation_name(act_fn)
         if activation is None:
             report.left[name] = f"its activation {type(act_fn).__name__} has no fused form"
-        elif is_replaced(module) or not _computes_gated_mlp(stock_class(module), act_fn, activation):
+        elif is_replaced(module):
+            report.left[name] = "its forward method was replaced on the instance"
+        elif not _computes_gated_mlp(stock_class(module), act_fn, activation):
             report.left[name] = "it computes something else than down(act(gate(x)) * up(x))"
         else:
             fused = FusedGatedMLP if parts == _SEPARATE else FusedJointGatedMLP
@@ -66,7 +68,7 @@ def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 @torch.no_grad()
 def _computes_gated_mlp(stock: type[nn.Module], act_fn: nn.Module, activation: str) -> bool:
     """Names do not say what a module computes: run its code with projections whose results are known."""
-    x = torch.linspace(-1, 1, 8, dtype=torch.float64)[None]
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64, device="cpu")[None]
     gate, up = 2 * x + 0.25, 0.5 - x
     parts = SimpleNamespace(
         gate_proj=lambda _: gate, up_proj=lambda _: up, down_proj=lambda h: 3 * h, act_fn=act_fn,
@@ -74,7 +76,7 @@ def _computes_gated_mlp(stock: type[nn.Module], act_fn: nn.Module, activation: s
     )  # fmt: skip
     try:
         result = stock.forward(parts, x)
-    except (AttributeError, TypeError, RuntimeError, ValueError):
+    except Exception:
         return False
     expected = 3 * (ACTIVATIONS[activation](gate) * up)
     return isinstance(result, Tensor) and torch.allclose(result, expected, rtol=1e-12)
@@ -83,5 +85,9 @@ def _computes_gated_mlp(stock: type[nn.Module], act_fn: nn.Module, activation: s
 @torch.no_grad()
 def _activation_name(act_fn: nn.Module) -> str | None:
     """Which of our activations a transformers activation module is; found by value, since its classes vary."""
-    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
-    return next((name for name, f in ACTIVATIONS.items() if torch.allclose(act_fn(x), f(x), rtol=0, atol=1e-12)), None)
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64, device="cpu")
+    try:
+        result = act_fn(x)
+    except Exception:  # a stranger's code may have parameters, or ask for a GPU
+        return None
+    return next((name for name, f in ACTIVATIONS.items() if torch.allclose(result, f(x), rtol=0, atol=1e-12)), None)

@@ -9,51 +9,61 @@ loses nothing by it, where the addition is a pass of its own in our operation to
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import rms_norm
-from .swapping import Acceleration, is_replaced, stock_class, swap
-
-
-class FusedRMSNorm(nn.Module):
-    """A stock RMSNorm in one operation, for training and for use."""
-
-    _norm: tuple[float, float]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:  # which of the two the result has depends on the module
-            return stock_class(self).forward(self, x)
-        eps, offset = self._norm
-        return rms_norm(x, self.weight, eps, offset=offset)
+from .swapping import Acceleration, is_replaced, stock_class, subclass, swap
 
 
 def fuse_norms(model: nn.Module, report: Acceleration) -> None:
     """Swap every module called RMSNorm that computes one."""
     for module in [m for m in model.modules() if stock_class(m).__name__.endswith("RMSNorm")]:
         form = None if is_replaced(module) else _form(module)
-        if form is None:
+        if is_replaced(module):
+            report.left[stock_class(module).__name__] = "its forward method was replaced on the instance"
+        elif form is None:
             report.left[stock_class(module).__name__] = "it computes something else than x / rms(x) * weight"
         else:
-            swap(module, FusedRMSNorm, owner=report.owner, _norm=form)
+            swap(module, with_our_norm, owner=report.owner, _eps_and_offset=form)
             report.count("norm")
+
+
+@cache
+def with_our_norm(stock: type[nn.Module]) -> type[nn.Module]:
+    """The same class, which computes in one operation, for training and for use."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:  # which of the two the result has depends on the class
+            return stock.forward(self, x)
+        eps, offset = self._eps_and_offset
+        return rms_norm(x, self.weight, eps, offset=offset)
+
+    return subclass(stock, forward)
 
 
 @torch.no_grad()
 def _form(module: nn.Module) -> tuple[float, float] | None:
-    """(eps, offset) with which `rms_norm` computes what this module does; None if it computes something else."""
+    """(eps, offset) with which `rms_norm` computes what this module does; None if it computes something else.
+
+    Its code runs on a weight and rows of our own: the model's may be anywhere, in any dtype, or not there yet.
+    """
     eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
     weight = getattr(module, "weight", None)
     if eps is None or weight is None or weight.ndim != 1:
         return None
-    wide = copy.deepcopy(module).float()
-    x = torch.linspace(-2, 3, weight.shape[0], dtype=torch.float32, device=weight.device)[None]
+    width = weight.shape[0] or 8  # a sharded weight may be a placeholder of no element
+    x, known = (torch.linspace(low, low + 4, width, dtype=torch.float32, device="cpu") for low in (-2, -1))
+    tried = copy.copy(module)
+    tried._parameters = {**module._parameters, "weight": nn.Parameter(known)}
+    try:
+        result = stock_class(module).forward(tried, x[None])
+    except Exception:  # a stranger's code may ask for more than rows, or for a GPU
+        return None
     for offset in (0.0, 1.0):
-        if torch.allclose(
-            stock_class(wide).forward(wide, x),
-            rms_norm(x, wide.weight, eps, offset=offset, backend="reference"),
-            rtol=1e-5,
-        ):
+        expected = rms_norm(x[None], known, eps, offset=offset, backend="reference")
+        if result.shape == expected.shape and torch.allclose(result, expected, rtol=1e-5):
             return eps, offset
     return None

@@ -31,7 +31,18 @@ JOB_FOLDER = ".job"  # lock and journal
 JOURNAL = "parts.jsonl"
 MARKS = ("model", "tokenizer", "adapter")
 _SHA256 = re.compile("[0-9a-f]{64}")
-Pooling = Literal["mean", "weighted_mean", "eos_token", "last_token", "bos_token", "last", "first"]
+Pooling = Literal[
+    "mean",
+    "weighted_mean",
+    "mean_sqrt_len",
+    "mean_sqrt_len_tokens",
+    "max",
+    "eos_token",
+    "last_token",
+    "bos_token",
+    "last",
+    "first",
+]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 _CHOICES = {"dtype": Dtype | Literal["auto"], "output_dtype": Literal["float32", "float16"], "pooling": Pooling | None}
 

@@ -120,10 +120,11 @@ Causal = Annotated[
     typer.Option("--causal", help="Keep the decoder's causal attention instead of both ways.", rich_help_panel=MODEL),
 ]
 Pooling = Annotated[
-    Literal["mean", "weighted_mean", "eos_token", "last_token", "bos_token"] | None,
+    Literal["mean", "weighted_mean", "mean_sqrt_len", "max", "eos_token", "last_token", "bos_token"] | None,
     typer.Option(
         metavar="MODE",
-        help="mean, weighted_mean, eos_token, last_token or bos_token. Default: the model folder's own, else mean.",
+        help="mean, weighted_mean, mean_sqrt_len, max, eos_token, last_token or bos_token. "
+        "Default: the model folder's own, else mean.",
         rich_help_panel=MODEL,
         show_default=False,
     ),

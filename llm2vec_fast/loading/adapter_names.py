@@ -161,11 +161,18 @@ def _refuse_lost_patterns(config: LoraConfig, plan: Plan, names: Names, here: st
             if any(get_pattern_key([key], name) == key for name in called):
                 continue
             tails = [key.split(".", cut)[-1] for cut in range(1, key.count(".") + 1)]
-            if any(re.fullmatch(tail, name) for tail in tails for name in in_decoder):
+            if any(_matches(tail, name) for tail in tails for name in in_decoder):
                 raise ModelLoadError(
                     f"the adapter {adapter} has a {field} for {key}, but names its weights {called[0]}, …: which "
                     "layers it is for cannot be told; save it again with one kind of names"
                 )
+
+
+def _matches(tail: str, name: str) -> bool:
+    try:
+        return re.fullmatch(tail, name) is not None
+    except re.error:  # cut within an expression, such as the ".*\\.experts" that peft writes itself
+        return False
 
 
 def _expressed(config: LoraConfig, wanted: Plan, model: nn.Module, names: Names, adapter: str) -> LoraConfig:

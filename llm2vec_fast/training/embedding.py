@@ -52,7 +52,7 @@ def embedding_model(model: nn.Module, pooling_mode: str, token_budget: int | Non
     """
     decoder = decoder_of(model)
     if scale is not None:
-        start = torch.tensor([float(scale)]).log()  # one number in a row: FSDP shards no scalar
+        start = torch.tensor([float(scale)], dtype=torch.float32).log()  # one number in a row: FSDP shards no scalar
         decoder.register_parameter(LOG_SCALE, nn.Parameter(start.to(decoder.device)))
     swap(decoder, _embedding, owner=TRAINING, _pooling_mode=pooling_mode, _token_budget=token_budget)
 

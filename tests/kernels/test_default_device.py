@@ -33,7 +33,7 @@ def test_attention_and_its_gradient(backend):
         assert all(torch.equal(x, y) for x, y in zip(expected, result, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["mean", "weighted_mean", "last", "first"])
+@pytest.mark.parametrize("mode", ["mean", "weighted_mean", "mean_sqrt_len", "max", "last", "first"])
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_pooling(backend, mode):
     with torch.device("meta"):

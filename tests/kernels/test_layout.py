@@ -64,6 +64,8 @@ def test_empty_batches():
     [
         (lambda: SequenceLayout.from_lengths([3, -1]), "negative value -1"),
         (lambda: SequenceLayout.from_lengths(torch.ones(2, 2)), r"shape \(2, 2\)"),
+        (lambda: SequenceLayout.from_lengths([1.5, 2]), "dtype torch.float32: pass token counts"),
+        (lambda: SequenceLayout.from_cu_seqlens(torch.tensor([0, 2.5])), "dtype torch.float32: pass token counts"),
         (lambda: SequenceLayout.from_cu_seqlens(torch.tensor([1, 4])), "start at 0"),
         (lambda: SequenceLayout.from_cu_seqlens(torch.tensor([0, 4, 2])), "negative value -2"),
         (lambda: SequenceLayout.from_attention_mask(torch.tensor([[1, 1, 1], [1, 0, 1]])), "row 1 has padding between"),

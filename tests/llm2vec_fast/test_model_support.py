@@ -10,7 +10,7 @@ import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import SHAPE, WINDOW, tiny_model
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from llm2vec_fast.bidirectional import UnsupportedModelError, make_bidirectional
 from llm2vec_fast.kernels.layout import SequenceLayout
@@ -104,11 +104,11 @@ class Causal:
 
     is_causal = True
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self._config = config
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.__dict__["_config"], name)
+        return getattr(self.__dict__["_model"].config, name)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -123,7 +123,7 @@ def test_code_that_mixes_packed_texts_is_refused(layer: int) -> None:
 def test_attention_that_does_not_follow_the_direction_is_refused() -> None:
     model = tiny_model("llama")
     for layer in model.layers:
-        layer.self_attn.config = Causal(model.config)
+        layer.self_attn.config = Causal(model)
     with pytest.raises(UnsupportedModelError, match=r"LlamaModel .*attends one way only"):
         make_bidirectional(model)
 

@@ -20,11 +20,13 @@ def pool(
     skip = torch.zeros(1, dtype=torch.int64) if skipping else None
     hidden, sequences = torch.empty(ROWS, columns, dtype=dtype), (layout.starts, layout.lengths, skip)
     if which == "forward":
-        kernel, out = triton._forward_kernel, torch.empty(1, SPLITS, columns)
+        kernel = triton._max_kernel if mode == "max" else triton._forward_kernel
+        out = torch.empty(1, SPLITS, columns, dtype=torch.int64 if mode == "max" else torch.float32)
         arguments = triton.forward_arguments(hidden, *sequences, out, mode)
     else:
         kernel, grad = triton._backward_kernel, torch.empty(1, columns)
-        arguments = triton.backward_arguments(grad, *sequences, hidden, SPLITS, mode)
+        places = torch.empty(1, columns, dtype=torch.int32)
+        arguments = triton.backward_arguments(grad, places, *sequences, hidden, SPLITS, mode)
     words = (f"pool-{which}", mode, "skip" if skipping else "", f"d{columns}", str(dtype).removeprefix("torch."))
     return Variant("-".join(filter(None, words)), kernel, arguments, products="none", wide=WIDE)
 
@@ -36,6 +38,7 @@ def main_variants(architecture: str) -> list[Variant]:
 
 def all_variants(architecture: str) -> list[Variant]:
     """Every mode, an odd width, and float32."""
-    others = [pool(which, mode) for which in ("forward", "backward") for mode in ("weighted_mean", "last", "first")]
+    modes = ("weighted_mean", "mean_sqrt_len", "max", "last", "first")
+    others = [pool(which, mode) for which in ("forward", "backward") for mode in modes]
     wide = [pool("forward", "mean", columns=576), pool("forward", "mean", dtype=torch.float32)]
     return [*main_variants(architecture), *others, *wide]

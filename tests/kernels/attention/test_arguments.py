@@ -19,8 +19,12 @@ def _tensors(q_shape=(6, 4, 8), k_shape=(6, 2, 8), dtype=torch.float32):
         ({"k_shape": (6, 2, 16)}, "shapes"),
         ({"q_shape": (5, 4, 8)}, "q has 5 rows, k and v have 6, the layout has 6"),
         ({"k_shape": (6, 3, 8)}, "q has 4 heads and k has 3"),
-        ({"k_shape": (6, 0, 8)}, "k has 0"),
+        ({"k_shape": (6, 0, 8)}, "no head"),
+        ({"q_shape": (6, 0, 8)}, "no head"),
+        ({"q_shape": (6, 4, 0), "k_shape": (6, 2, 0)}, "a head of no columns"),
         ({"dtype": torch.int64}, "floating-point dtype"),
+        ({"dtype": torch.float8_e4m3fn}, "floating-point dtype of 16 bits or more"),
+        ({"dtype": torch.complex64}, "floating-point dtype"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(shapes, message):
@@ -39,7 +43,10 @@ def test_mixed_dtypes_and_devices_are_refused():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"window": -1}, "window=-1 is negative"),
+        ({"window": -1}, "window=-1 is no number of positions"),
+        ({"window": 1.5}, "window=1.5 is no number of positions"),
+        ({"dropout_p": 0.1, "seed": torch.tensor([1, 2])}, r"seed has shape \(2,\)"),
+        ({"dropout_p": 0.1, "seed": torch.tensor([1.5])}, "dtype torch.float32: pass one integer"),
         ({"softcap": 0.0}, "softcap=0.0 is not a positive number"),
         ({"softcap": float("inf")}, "softcap=inf"),
         ({"scale": 0.0}, "scale=0.0 is not a positive number"),
@@ -65,3 +72,14 @@ def test_autocast_decides_the_dtype(backend):
 def test_float64_on_triton_is_refused():
     with pytest.raises(BackendUnavailableError, match="no 'triton' implementation for this call"):
         attention(*_tensors(dtype=torch.float64), SequenceLayout.from_lengths([6]), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_any_integer_is_the_same_seed(backend):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 6, 2, 16, generator=generator).unbind(0)
+    layout = SequenceLayout.from_lengths([6])
+    seeds = (7, torch.tensor([7]), torch.tensor(7), torch.tensor([7], dtype=torch.int32))
+    first, *others = (attention(q, k, v, layout, dropout_p=0.5, seed=seed, backend=backend) for seed in seeds)
+    assert not torch.equal(first, attention(q, k, v, layout, dropout_p=0.5, seed=8, backend=backend))
+    assert all(torch.equal(first, other) for other in others)

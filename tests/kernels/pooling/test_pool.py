@@ -16,7 +16,7 @@ from llm2vec_fast.kernels.layout import SequenceLayout
 from llm2vec_fast.kernels.pooling import POOLING_MODES, pool
 from llm2vec_fast.kernels.pooling.operator import pool_backward_operator, pool_operator
 
-MODES = ("mean", "weighted_mean", "last", "first")
+MODES = ("mean", "weighted_mean", "mean_sqrt_len", "max", "last", "first")
 FAST = ("blocked", "triton")
 LENGTHS = {
     "one": [1],
@@ -81,7 +81,7 @@ def test_without_a_gradient_the_bits_are_the_same(lengths, mode):
     assert torch.equal(out, pool(hidden.requires_grad_(), layout, mode, skip))
 
 
-@pytest.mark.parametrize("mode", ["mean", "last"])
+@pytest.mark.parametrize("mode", ["mean", "max", "last"])
 def test_many_wide_sequences_on_triton(mode):
     hidden, layout, skip = packed(MANY[:80], 300, torch.float16)
     exact = pool(hidden.double(), layout, mode, skip, backend="reference")
@@ -113,10 +113,12 @@ def test_gradcheck(mode, normalize, backend):
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 @pytest.mark.parametrize("mode", MODES)
 def test_values_by_hand(mode, backend):
-    hidden = torch.tensor([[1.0], [2.0], [4.0], [10.0], [20.0]])
+    hidden = torch.tensor([[1.0], [-2.0], [4.0], [20.0], [10.0]])
     layout = SequenceLayout.from_lengths([3, 2])
-    everything = {"mean": [7 / 3, 15], "weighted_mean": [17 / 6, 50 / 3], "last": [4, 20], "first": [1, 10]}
-    without_one = {"mean": [3, 20], "weighted_mean": [10 / 3, 20], "last": [4, 20], "first": [2, 20]}
+    everything = {"mean": [1, 15], "weighted_mean": [1.5, 40 / 3], "last": [4, 10], "first": [1, 20]}
+    everything |= {"mean_sqrt_len": [3 / 3**0.5, 30 / 2**0.5], "max": [4, 20]}
+    without_one = {"mean": [1, 10], "weighted_mean": [2, 10], "last": [4, 10], "first": [-2, 10]}
+    without_one |= {"mean_sqrt_len": [2 / 2**0.5, 10], "max": [4, 10]}
     for skip, expected in ((None, everything), (torch.tensor([1, 1]), without_one)):
         pooled = pool(hidden, layout, mode, skip, backend=backend)
         torch.testing.assert_close(pooled[:, 0], torch.tensor(expected[mode]).float())
@@ -162,7 +164,8 @@ def test_skipped_tokens_do_not_matter():
 
 def test_aliases():
     hidden, layout, skip = packed([5, 2], 4, torch.float32)
-    for alias, mode in (("last_token", "last"), ("eos_token", "last"), ("bos_token", "first")):
+    aliases = {"last_token": "last", "eos_token": "last", "bos_token": "first", "mean_sqrt_len_tokens": "mean_sqrt_len"}
+    for alias, mode in aliases.items():
         assert torch.equal(pool(hidden, layout, alias, skip), pool(hidden, layout, mode, skip))
     assert set(POOLING_MODES.values()) == set(MODES)
 
@@ -179,31 +182,34 @@ def test_the_same_bits_every_time(backend):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("mode", ["mean", "max"])
 @pytest.mark.parametrize("triton", [False, True], ids=FAST)
-def test_opcheck(triton):
+def test_opcheck(triton, mode):
     hidden, layout, skip = packed([5, 0, 9], 8, torch.float32)
-    arguments = (layout.starts, layout.lengths, skip, "mean")
+    arguments = (layout.starts, layout.lengths, skip, mode)
     torch.library.opcheck(pool_operator, (hidden.requires_grad_(), *arguments, False, triton))
+    _, places = pool_operator(hidden, *arguments, False, triton)
     torch.library.opcheck(
-        pool_backward_operator, (torch.ones(3, 8), 14, *arguments, torch.float16, True, triton),
+        pool_backward_operator, (torch.ones(3, 8), places, 14, *arguments, torch.float16, True, triton),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", ["weighted_mean", "max"])
 @pytest.mark.parametrize("backend", FAST)
-def test_it_compiles_whole_and_only_once_as_lengths_change(backend):
+def test_it_compiles_whole_and_only_once_as_lengths_change(backend, mode):
     torch._dynamo.reset()
     counters.clear()
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def step(hidden, layout):
-        return pool(hidden * 2, layout, "weighted_mean", backend=backend).square().sum()
+        return pool(hidden * 2, layout, mode, backend=backend).square().sum()
 
     for lengths in ((5, 9, 3), (4, 1, 30, 7), (0, 17), (3, 3, 3, 3, 50)):
         hidden, layout, _ = packed(lengths, 8, torch.float32)
         loss = step(hidden.requires_grad_(), layout)
         loss.backward()
-        expected = pool(hidden * 2, layout, "weighted_mean", backend="reference").square().sum()
+        expected = pool(hidden * 2, layout, mode, backend="reference").square().sum()
         torch.testing.assert_close(loss, expected)
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -216,6 +222,8 @@ def test_it_compiles_whole_and_only_once_as_lengths_change(backend):
         ({"hidden": torch.zeros(7)}, r"hidden has shape \(7,\)"),
         ({"skip": torch.zeros(3, dtype=torch.int64)}, r"skip has shape \(3,\)"),
         ({"skip": torch.zeros(2)}, "dtype torch.float32: pass integers"),
+        ({"skip": torch.zeros(2, dtype=torch.bool)}, "dtype torch.bool: pass integers"),
+        ({"hidden": torch.zeros(7, 4, dtype=torch.long)}, "hidden has dtype torch.int64: pass floating-point rows"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
@@ -234,3 +242,60 @@ def test_one_text_that_is_all_padding_gives_zeros(mode):
     layout = SequenceLayout.from_attention_mask(torch.zeros(1, 20, dtype=torch.long))
     with torch.inference_mode():
         assert torch.equal(pool(torch.randn(20, 4), layout, mode), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("lengths", [[5, 1, 0, 9, 2], [70, 40]], ids=["short", "long"])
+def test_the_first_of_equal_maxima_takes_the_gradient(lengths, backend):
+    """As `torch.max` has it: of numbers of both signs, of zeros of both signs, and of infinities."""
+    layout = SequenceLayout.from_lengths(lengths)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-2, 2, (layout.total, 7), generator=generator).float()
+    hidden[:, 1], hidden[:, 2] = -0.0, torch.where(torch.rand(layout.total, generator=generator) < 0.5, 0.0, -0.0)
+    hidden[:, 3], hidden[::3, 4] = -torch.inf, torch.inf
+    upstream = torch.randn(len(lengths), 7, generator=generator)
+    pooled = pool(hidden.requires_grad_(), layout, "max", backend=backend)
+    (gradient,) = torch.autograd.grad(pooled, hidden, upstream)
+    expected = torch.zeros_like(hidden)
+    for start, length, row, grad in zip(layout.starts.tolist(), lengths, pooled, upstream, strict=True):
+        if length:
+            values, places = hidden[start : start + length].max(0)
+            assert torch.equal(row, values)
+            expected[start + places, torch.arange(7)] = grad
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("lengths", [[3, 2], [40, 50]], ids=["short", "long"])
+def test_what_is_not_a_number_shows_in_the_maximum(lengths, backend):
+    layout = SequenceLayout.from_lengths(lengths)
+    hidden = torch.full((layout.total, 3), torch.inf)
+    hidden[1, 0], hidden[0, 1] = torch.nan, -torch.nan
+    for graph in (False, True):
+        pooled = pool(hidden.requires_grad_(graph), layout, "max", backend=backend)
+        assert pooled.isnan().tolist() == [[True, True, False], [False] * 3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_negative_skip_leaves_nothing_out(mode):
+    hidden, layout, _ = packed([3, 2], 4, torch.float32)
+    for backend in ("reference", *FAST):
+        assert torch.equal(
+            pool(hidden, layout, mode, torch.tensor([-2, -1]), backend=backend),
+            pool(hidden, layout, mode, backend=backend),
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_sequences_still_have_a_gradient(mode, backend):
+    for layout in (
+        SequenceLayout.from_lengths([]),
+        SequenceLayout.from_lengths([0, 0]),
+        SequenceLayout.from_attention_mask(torch.zeros(2, 3, dtype=torch.long)),
+    ):
+        hidden = torch.randn(layout.total, 4, requires_grad=True)
+        pooled = pool(hidden, layout, mode, normalize=True, backend=backend)
+        assert torch.equal(pooled, torch.zeros(len(layout), 4))
+        pooled.sum().backward()
+        assert torch.equal(hidden.grad, torch.zeros_like(hidden))

@@ -151,8 +151,13 @@ def test_it_compiles_whole_and_only_once_as_rows_change(backend) -> None:
         ({"weight": torch.ones(4)}, "8 columns"),
         ({"residual": torch.ones(3, 8)}, r"residual is \(3, 8\)"),
         ({"residual": torch.ones(2, 8).double()}, "float64"),
+        ({"x": torch.ones(2, 0), "weight": torch.ones(0)}, r"x is \(2, 0\)"),
+        ({"x": torch.tensor(1.0)}, r"x is \(\)"),
+        ({"x": torch.ones(2, 8, dtype=torch.long)}, "torch.int64"),
+        ({"eps": float("nan")}, "eps=nan"),
+        ({"eps": -1e-6}, "eps=-1e-06"),
     ],
-    ids=["weight", "rows", "dtype"],
+    ids=["weight", "rows", "dtype", "no-columns", "a-number", "integers", "nan", "negative"],
 )
 def test_what_does_not_fit_is_refused(change, says) -> None:
     with pytest.raises(ValueError, match=says):

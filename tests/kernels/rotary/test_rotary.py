@@ -149,11 +149,14 @@ def test_it_compiles_whole_and_only_once_as_lengths_change(backend) -> None:
     [
         ({"unsqueeze_dim": 3}, "unsqueeze_dim=3"),
         ({"k": torch.zeros(1, 2, 5, 6)}, r"\(1, 2, 5, 6\)"),
+        ({"k": torch.zeros(2, 2, 5, 8)}, "one batch and one length"),
+        ({"k": torch.zeros(1, 2, 4, 8)}, "one batch and one length"),
+        ({"q": torch.zeros(1, 2, 5, 8, dtype=torch.long)}, "q is torch.int64"),
         ({"cos": torch.zeros(1, 4, 8)}, r"\(1, 4, 8\)"),
         ({"cos": torch.zeros(1, 5, 10), "sin": torch.zeros(1, 5, 10)}, "10 columns"),
         ({"cos": torch.zeros(1, 5, 3), "sin": torch.zeros(1, 5, 3)}, "3 columns"),
     ],
-    ids=["unsqueeze", "keys", "length", "wide", "odd"],
+    ids=["unsqueeze", "keys", "batch-of-keys", "length-of-keys", "dtype", "length", "wide", "odd"],
 )
 def test_what_does_not_fit_is_refused(change, says) -> None:
     given = {"q": torch.zeros(1, 2, 5, 8), "k": torch.zeros(1, 2, 5, 8)}

@@ -101,8 +101,10 @@ def test_it_compiles_whole_and_only_once_as_rows_change(backend) -> None:
         ({"activation": "relu6"}, "'relu6' is unknown"),
         ({"up": torch.ones(3, 8)}, r"up is \(3, 8\)"),
         ({"up": torch.ones(2, 8).double()}, "float64"),
+        ({"gate": torch.ones(2, 0), "up": torch.ones(2, 0)}, r"gate is \(2, 0\)"),
+        ({"gate": torch.ones(2, 8).long(), "up": torch.ones(2, 8).long()}, "int64"),
     ],
-    ids=["activation", "shape", "dtype"],
+    ids=["activation", "shape", "dtype", "no-columns", "integers"],
 )
 def test_what_does_not_fit_is_refused(change, says) -> None:
     with pytest.raises(ValueError, match=says):

@@ -138,7 +138,7 @@ def test_a_damaged_file_ends_in_exit_code_1_though_the_rest_is_embedded(tmp_path
 
 
 @pytest.mark.parametrize(
-    "arguments", [("embed",), ("embed", "a.txt"), ("embed", "a.txt", "-m", "m", "-o", "o", "--pooling", "max")]
+    "arguments", [("embed",), ("embed", "a.txt"), ("embed", "a.txt", "-m", "m", "-o", "o", "--pooling", "median")]
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert real(*arguments).returncode == 2

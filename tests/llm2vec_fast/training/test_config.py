@@ -282,7 +282,7 @@ def test_every_setting_says_what_it_is(kind: type[MntpArguments]) -> None:
     [
         ("query_colum: q", "has an unknown key 'query_colum': did you mean query_column?"),
         ("scale: -1", "scale=-1.* is not a positive number"),
-        ("pooling_mode: max", "pooling_mode=max is unknown: choose one of mean, weighted_mean"),
+        ("pooling_mode: median", "pooling_mode=median is unknown: choose one of mean, weighted_mean"),
         ("attention_dropout: 1", "attention_dropout=1.* is not a share"),
         ("token_budget: 0", "token_budget=0 is not positive"),
         ("matryoshka_dims: [0]", r"matryoshka_dims=\[0\] has a number below 1"),
