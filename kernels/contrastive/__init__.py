@@ -34,6 +34,7 @@ def contrastive_loss(
     symmetric: bool = False,
     query_negatives: bool = False,
     ids: Tensor | None = None,
+    known: Tensor | None = None,
     false_negative_margin: float | None = None,
     group: Any = None,
     reduction: str = "mean",
@@ -54,15 +55,18 @@ def contrastive_loss(
         similarity: "cos" (of vectors of zeros: 0), or "dot".
         symmetric: the mean of this loss and of the one that finds each document's query among all queries.
         query_negatives: the other queries are negatives too (Li et al., 2023); not in the symmetric direction.
-        ids: (M,) integers: documents of the same id are the same thing, and never each other's negatives; nor are
-            queries whose documents are the same thing. Each document is a thing of its own if None.
+        ids: (M,) integers: a document of the id of a query's own is none of its negatives. Each document has an id of
+            its own if None.
+        known: (N, K) integers, filled up with −1: the ids of further documents known to suit each query, which are none
+            of its negatives either. Queries that have an id in common, of those known or of their own documents, are
+            not each other's negatives. Needs ``ids``.
         false_negative_margin: negatives whose similarity (before the scale) exceeds that of the positive by more than
             this are left out as unlabelled positives (Zhang et al., 2025). In the symmetric direction the positive of
             a document of several queries is the one most similar to it.
         group: a torch.distributed process group over whose ranks the batch is spread, N, M and rows differing as they
             may: every rank calls, and runs backward. Documents travel round the ranks, a rank's worth at a time, or all
             at once where 256 MiB hold all ranks' and the sums of their gradients. ``positives`` number this rank's own
-            documents; ``ids`` are compared across ranks.
+            documents; ``ids`` and ``known`` are compared across ranks.
         reduction: "mean" or "sum" over the queries (of all ranks: each returns the same), or "none": (N,), this rank's.
         backend: "auto", "reference", "blocked" or "triton". On a CPU "auto" computes the whole matrix at once where
             that is faster: up to 32 MiB of float32, or 160 KiB where any of positives, symmetric, query_negatives, ids
@@ -85,13 +89,13 @@ def contrastive_loss(
     query negatives after GTE (arXiv:2308.03281), margin after Qwen3 Embedding (arXiv:2506.05176).
     """
     _check_rows(queries, documents)
-    _check_targets(queries, documents, positives, ids)
+    _check_targets(queries, documents, positives, ids, known)
     _check_settings(similarity, reduction, false_negative_margin)
     cosine = similarity == "cos"
     bounded = cosine and not isinstance(scale, Tensor) and scale <= BOUNDED_SCALE
     rule = Rule(cosine, symmetric, query_negatives, false_negative_margin, bounded)
     scale = _scale_tensor(scale, queries)
-    positives = None if positives is None else positives.long()
+    positives = None if positives is None else positives.long().contiguous()
     missing = ("triton" if queries.dtype == torch.float64 else "", "reference" if group is not None else "")
     implemented = tuple(name for name in _ALL if name not in missing)
     plain = positives is None and ids is None and rule.plain
@@ -100,18 +104,18 @@ def contrastive_loss(
     if group is not None:
         from .group import group_loss
 
-        return group_loss(queries, documents, scale, positives, ids, rule, choice.backend, group, reduction)
+        return group_loss(queries, documents, scale, positives, ids, known, rule, choice.backend, group, reduction)
     if choice is whole and plain:
         return whole_loss(queries, documents, scale, rule, reduction)
     if choice.backend == "reference":
         if choice is whole:
             queries, documents = queries.to(scale.dtype), documents.to(scale.dtype)
         with torch.autocast(queries.device.type, enabled=False):
-            losses = contrastive_reference(queries, documents, scale, positives, ids, rule)
+            losses = contrastive_reference(queries, documents, scale, positives, ids, known, rule)
     else:
         losses, *_ = contrastive_operator(
-            queries, documents, scale, positives, ids, cosine, symmetric, query_negatives, false_negative_margin,
-            bounded, choice.backend,
+            queries, documents, scale, positives, ids, known, cosine, symmetric, query_negatives,
+            false_negative_margin, bounded, choice.backend,
         )  # fmt: skip
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
@@ -161,18 +165,24 @@ def _check_rows(queries: Tensor, documents: Tensor) -> None:
         raise ValueError(f"queries have shape {tuple(queries.shape)}: pass at least one row and one column")
 
 
-def _check_targets(queries: Tensor, documents: Tensor, positives: Tensor | None, ids: Tensor | None) -> None:
+def _check_targets(
+    queries: Tensor, documents: Tensor, positives: Tensor | None, ids: Tensor | None, known: Tensor | None
+) -> None:
     rows, count = queries.shape[0], documents.shape[0]
     if positives is None and count < rows:
         raise ValueError(f"there are {rows} queries and {count} documents: pass a document for each, or positives=")
-    for name, x, length in (("positives", positives, rows), ("ids", ids, count)):
+    given = (("positives", positives, rows, ""), ("ids", ids, count, ""), ("known", known, rows, " K"))
+    for name, x, length, more in given:
         if x is None:
             continue
-        if x.shape != (length,) or x.dtype not in (torch.int32, torch.int64) or x.device != queries.device:
+        fits = x.ndim == (2 if more else 1) and x.shape[0] == length
+        if not fits or x.dtype not in (torch.int32, torch.int64) or x.device != queries.device:
             raise ValueError(
                 f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}: "
-                f"pass ({length},) int32 or int64 on {queries.device}"
+                f"pass ({length},{more}) int32 or int64 on {queries.device}"
             )
+    if known is not None and ids is None:
+        raise ValueError("known is given and ids is not: pass the ids of the documents that it names")
     if positives is None or positives.device.type != "cpu" or torch.compiler.is_compiling():
         return
     least, most = (int(x) for x in positives.aminmax())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..products import multiplies_bfloat16, product
-from .rule import LogSum, Side, blocks, inverse_lengths, row_blocks
+from .rule import LogSum, Side, blocks, inverse_lengths, row_blocks, same
 
 # A tile stays in the level-2 caches of two cores while it passes through the softmax.
 TILE_BYTES = 2 * 2**20
@@ -128,8 +128,8 @@ def _log_sum(z: Tensor, dim: int, last: bool, bounded: bool) -> LogSum:
 
 
 def _fill_same(x: Side, y: Side, tile: Tensor, value: float) -> None:
-    """Write ``value`` wherever row and column have the same mark."""
+    """Write ``value`` wherever row and column have a mark in common."""
     if x.first is None or y.first is None:
-        tile.masked_fill_(x.marks[:, None] == y.marks, value)
+        tile.masked_fill_(same(x.marks, y.marks), value)
     elif -x.count < x.first - y.first < y.count:
         tile.diagonal(x.first - y.first).fill_(value)

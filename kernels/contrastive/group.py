@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .passes import (
@@ -27,7 +28,7 @@ from .passes import (
     zeros_for,
 )
 from .ranks import Ranks, ranks_of
-from .rule import LogSum, Rule, Side, blocks
+from .rule import NO_ID, LogSum, Rule, Side, blocks
 
 
 def group_loss(
@@ -36,6 +37,7 @@ def group_loss(
     scale: Tensor,
     positives: Tensor | None,
     ids: Tensor | None,
+    known: Tensor | None,
     rule: Rule,
     choice: str,
     group: dist.ProcessGroup,
@@ -46,9 +48,12 @@ def group_loss(
     Raises:
         ValueError: rows of different width or dtype on different ranks.
     """
-    ranks = ranks_of(group, queries, documents, ids is not None)
+    ranks = ranks_of(group, queries, documents, ids, known)
+    if ids is not None:  # what travels has the same shape and dtype everywhere
+        known = documents.new_empty((queries.shape[0], 0)) if known is None else known
+        ids, known = ids.long(), F.pad(known.long(), (0, ranks.known - known.shape[1]), value=NO_ID)
     rule = replace(rule, bounded=False)  # ranks may differ in how they pass the scale
-    losses = _GroupLoss.apply(queries, documents, scale, positives, ids, rule, choice, ranks)
+    losses = _GroupLoss.apply(queries, documents, scale, positives, ids, known, rule, choice, ranks)
     if reduction == "none":
         return losses
     local = losses.sum()
@@ -67,14 +72,15 @@ class _GroupLoss(torch.autograd.Function):
         scale: Tensor,
         positives: Tensor | None,
         ids: Tensor | None,
+        known: Tensor | None,
         rule: Rule,
         backend: str,
         ranks: Ranks,
     ) -> Tensor:
         with torch.autocast(queries.device.type, enabled=False):
-            problem = _numbered(queries, documents, scale, positives, ids, rule, backend, ranks)
+            problem = _numbered(queries, documents, scale, positives, ids, known, rule, backend, ranks)
             saved = _forward(problem, ranks)
-        ctx.save_for_backward(*saved, queries, documents, scale, positives, ids)
+        ctx.save_for_backward(*saved, queries, documents, scale, positives, ids, known)
         ctx.settings = (rule, backend, ranks)
         return losses_of(problem, saved)
 
@@ -85,7 +91,7 @@ class _GroupLoss(torch.autograd.Function):
         problem = _numbered(*inputs, *ctx.settings)
         gradients = _backward(problem, Saved(own, sums, column_sums), grad, ctx.settings[2], inputs[0].dtype)
         wanted = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        return *(x if need else None for x, need in wanted), None, None, None, None, None
+        return *(x if need else None for x, need in wanted), *(None,) * 6
 
 
 def _numbered(
@@ -94,13 +100,14 @@ def _numbered(
     scale: Tensor,
     positives: Tensor | None,
     ids: Tensor | None,
+    known: Tensor | None,
     rule: Rule,
     backend: str,
     ranks: Ranks,
 ) -> Problem:
     """The problem of this rank, whose documents are numbered across ranks."""
     first = sum(ranks.document_counts[: ranks.rank])
-    return problem_of(queries, documents, scale, positives, ids, rule, backend, first)
+    return problem_of(queries, documents, scale, positives, ids, known, rule, backend, first)
 
 
 def _forward(problem: Problem, ranks: Ranks) -> Saved:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import LogSum, Rule, Side, blocks, row_blocks, softplus
+from .rule import LogSum, Rule, Side, blocks, marks_of, row_blocks, softplus
 
 
 def room_of(backend: str) -> ModuleType:
@@ -55,18 +55,18 @@ def problem_of(
     scale: Tensor,
     positives: Tensor | None,
     ids: Tensor | None,
+    known: Tensor | None,
     rule: Rule,
     backend: str,
     first: int = 0,
 ) -> Problem:
-    """Documents are numbered from ``first``: the numbers are their marks where there are no ids."""
+    """Documents are numbered from ``first``."""
     room, compared = room_of(backend), rule.margin is not None
-    count, device = documents.shape[0], documents.device
     counted = first if ids is None else None
-    marks = torch.arange(first, first + count, device=device, dtype=torch.int32) if ids is None else ids
-    in_order = torch.arange(queries.shape[0], device=device) if positives is None else positives
+    in_order = torch.arange(queries.shape[0], device=queries.device) if positives is None else positives
+    marks, of_queries = marks_of(documents, in_order, ids, known, first)
     return Problem(
-        Side(*room.prepared(queries, rule.cosine, compared), marks[in_order], counted if positives is None else None),
+        Side(*room.prepared(queries, rule.cosine, compared), of_queries, counted if positives is None else None),
         Side(*room.prepared(documents, rule.cosine, compared), marks, counted),
         in_order,
         scale,

@@ -9,17 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .rule import Rule
+from .rule import Rule, marks_of, same
 
 
 def contrastive_reference(
-    queries: Tensor, documents: Tensor, scale: Tensor, positives: Tensor | None, ids: Tensor | None, rule: Rule
+    queries: Tensor,
+    documents: Tensor,
+    scale: Tensor,
+    positives: Tensor | None,
+    ids: Tensor | None,
+    known: Tensor | None,
+    rule: Rule,
 ) -> Tensor:
     """(N, d), (M, d) → (N,) losses, from the whole matrix of similarities at once."""
     rows = torch.arange(queries.shape[0], device=queries.device)
     plain = positives is None and ids is None
     positives = rows if positives is None else positives
-    marks = torch.arange(documents.shape[0], device=queries.device) if ids is None else ids
+    marks, of_queries = marks_of(documents, positives, ids, known)
     if rule.cosine:
         queries, documents = unit_rows(queries), unit_rows(documents)
     similarity = _wide(queries @ documents.T)
@@ -27,19 +33,19 @@ def contrastive_reference(
     limit = None if rule.margin is None else own + rule.margin
     scores = similarity * scale  # before anything is masked: 0 · −inf in the gradient of the scale would be NaN
     if not plain or limit is not None:
-        hidden = _hidden(marks[positives], marks, similarity, limit)
+        hidden = _hidden(of_queries, marks, similarity, limit)
         scores = scores.masked_fill(hidden.index_put((rows, positives), hidden.new_zeros(())), float("-inf"))
     if rule.query_negatives:
         between = _wide(queries @ queries.T)
-        hidden = _hidden(marks[positives], marks[positives], between, limit)
+        hidden = _hidden(of_queries, of_queries, between, limit)
         scores = torch.cat([scores, (between * scale).masked_fill(hidden, float("-inf"))], dim=1)
     losses = F.cross_entropy(scores, positives, reduction="none")
     if not rule.symmetric:
         return losses
     anchors = similarity[:, positives].T
     if limit is not None:  # a document with several queries goes by the one most similar to it
-        limit = own.new_full(marks.shape, float("-inf")).scatter_reduce(0, positives, limit, "amax")[positives]
-    hidden = _hidden(marks[positives], marks[positives], anchors, limit)
+        limit = own.new_full(marks.shape[:1], float("-inf")).scatter_reduce(0, positives, limit, "amax")[positives]
+    hidden = _hidden(marks[positives], of_queries, anchors, limit)
     hidden.fill_diagonal_(False)
     backwards = F.cross_entropy((anchors * scale).masked_fill(hidden, float("-inf")), rows, reduction="none")
     return (losses + backwards) / 2
@@ -54,7 +60,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 def _hidden(row_marks: Tensor, column_marks: Tensor, similarity: Tensor, limit: Tensor | None) -> Tensor:
     """(rows, columns) bool: entries that are no negatives."""
-    hidden = row_marks[:, None] == column_marks
+    hidden = same(row_marks, column_marks)
     return hidden if limit is None else hidden | (similarity > limit[:, None])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from ..products import blocks
 
 # Rows are normalised, and gradients finished, this many bytes of float32 at a time: they stay in cache.
 BLOCK_BYTES = 2**20
+NO_ID = -1  # what ``known`` is filled up with
 # Rows of a length between these have squares that float32 can add up.
 PLAIN_LENGTHS = (1e-15, 1e15)
 
@@ -22,12 +24,13 @@ PLAIN_LENGTHS = (1e-15, 1e15)
 class Rule:
     """Which similarity, which directions, and what is no negative.
 
-    With z = scale · similarity, p(i) the positive of row i, and marks that say which rows are the same thing:
+    With z = scale · similarity, p(i) the positive of row i, and one mark or more on every row:
 
         loss(i) = log(1 + e^(R(i) − z(i, p(i)))),  R(i) = log Σ e^z over the negatives of row i
 
-    A negative of row i is a document (or query, with query_negatives) of another mark whose similarity is at most that
-    of the positive plus the margin. In the other direction (symmetric), the negatives of document p(i) are queries.
+    A negative of row i is a document (or query, with query_negatives) that has no mark in common with it and whose
+    similarity is at most that of the positive plus the margin. In the other direction (symmetric), the negatives of
+    document p(i) are queries.
     """
 
     cosine: bool
@@ -78,13 +81,13 @@ class LogSum(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """Rows on one side of the matrix, and what they bring to its entries. Every tensor has one element a row."""
+    """Rows on one side of the matrix, and what they bring to its entries. Tensors are (n,) unless told."""
 
     rows: Tensor  # (n, d)
     inverse: Tensor | None  # 1 / length of a row as the user gave it; None: rows are used as they are
     stretch: Tensor | None  # what a row as it lies here is multiplied by to have length one; None: nothing
-    marks: Tensor  # an entry whose row and column have the same mark is no negative
-    first: int | None = None  # the marks count up from here; None: anything
+    marks: Tensor  # (n, k): an entry whose row and column have a mark in common is no negative
+    first: int | None = None  # k is 1 and the marks count up from here; None: anything
     limit: Tensor | None = None  # the highest similarity of a negative
     peak: Tensor | None = None  # the logarithm of the softmax denominator is peak + rest
     rest: Tensor | None = None
@@ -107,7 +110,7 @@ class Side:
         return replace(self, first=first, **sliced)
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """Everything that has an element a row, by name."""
+        """Everything that has rows, by name."""
         names = ("rows", "inverse", "stretch", "marks", "limit", "peak", "rest", "weight")
         return {name: getattr(self, name) for name in names}
 
@@ -115,6 +118,29 @@ class Side:
         """(k, d) of the accumulator's dtype: rows as the similarity sees them; a copy, unless they are that already."""
         x = self.rows[rows].to(self.accumulator)
         return x if self.stretch is None else x * self.stretch[rows][:, None]
+
+
+def marks_of(
+    documents: Tensor, positives: Tensor, ids: Tensor | None, known: Tensor | None, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Marks of the documents (M, 1), and of the queries (N, 1 + K): its own document's, and what is known to suit it.
+
+    Documents are numbered from ``first``: the numbers are their marks where there are no ids.
+    """
+    count, device = documents.shape[0], documents.device
+    marks = torch.arange(first, first + count, device=device, dtype=torch.int32) if ids is None else ids.contiguous()
+    marks = marks[:, None]
+    own = marks[positives]
+    return marks, own if known is None else torch.cat([own, torch.where(known == NO_ID, own, known)], dim=1)
+
+
+def same(x: Tensor, y: Tensor) -> Tensor:
+    """(n, m) bool: which rows of x (n, k) and of y (m, l) have a number in common."""
+    first, *others = itertools.product(x.unbind(1), y.unbind(1))
+    found = first[0][:, None] == first[1]
+    for a, b in others:
+        found |= a[:, None] == b
+    return found
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:

@@ -36,6 +36,12 @@ def test_rows_that_do_not_fit_are_refused(queries, documents, message):
         ({"positives": torch.tensor([0, 1])}, "positives is torch.int64 of shape \\(2,\\)"),
         ({"positives": torch.tensor([0.0, 1, 2, 3])}, "positives is torch.float32"),
         ({"ids": torch.tensor([0, 1, 2])}, "ids is torch.int64 of shape \\(3,\\)"),
+        (
+            {"known": torch.tensor([[1], [2]]), "ids": torch.arange(4)},
+            r"known is torch.int64 of .* pass \(4, K\) int32",
+        ),
+        ({"known": torch.tensor([1, 2, 3, 4]), "ids": torch.arange(4)}, "known is torch.int64 of shape \\(4,\\)"),
+        ({"known": torch.zeros(4, 1, dtype=torch.int64)}, "known is given and ids is not"),
         ({"scale": 0.0}, "scale=0.0 is not a positive number"),
         ({"scale": float("nan")}, "scale=nan"),
         ({"scale": torch.tensor(-2.0)}, "scale=-2.0"),

@@ -29,6 +29,9 @@ CASES = [
     *(Case(37, 20, 24, rule, shared=True) for rule in RULES),
     *(Case(20, 37, 24, rule, same=True) for rule in RULES),
     Case(40, 70, 24, RULES[-1], shared=True, same=True),
+    *(Case(20, 37, 24, rule, known=3) for rule in RULES),
+    Case(40, 70, 24, RULES[-1], shared=True, same=True, known=5),
+    Case(6, 9, 8, RULES[-1], known=100),
     Case(1, 1, 8),
     Case(1, 1, 8, {"symmetric": True, "query_negatives": True}),
     Case(1, 9, 5, {"symmetric": True}),
@@ -39,6 +42,7 @@ CASES = [
 MANY_TILES = [
     Case(50, 100, 24),
     Case(50, 100, 24, {"symmetric": True}, same=True),
+    Case(50, 100, 24, {"symmetric": True, "query_negatives": True}, shared=True, known=2),
     Case(100, 50, 24, RULES[-1], shared=True),
 ]
 BACKENDS = [
@@ -101,10 +105,11 @@ def test_many_tiles(small_tiles, case, backend, dtype):
     ),
     shared=st.booleans(),
     same=st.booleans(),
+    known=st.integers(0, 3),
 )
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_generated_shapes_and_rules(backend, rows, more, width, rule, shared, same):
-    case = Case(rows, rows + more, width, rule, shared, same, scale=5.0)
+def test_generated_shapes_and_rules(backend, rows, more, width, rule, shared, same, known):
+    case = Case(rows, rows + more, width, rule, shared, same, known, scale=5.0)
     for name, *results in three_ways(case, torch.float32, backend):
         factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
         assert_error_within(*results, factor=factor, name=name)
@@ -125,7 +130,7 @@ def test_large_dot_products_with_query_negatives(symmetric_products):
         assert_error_within(*results, factor=OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR, name=name)
 
 
-@pytest.mark.parametrize("case", [Case(6, 9, 5, rule, shared=True, same=True) for rule in RULES], ids=str)
+@pytest.mark.parametrize("case", [Case(6, 9, 5, rule, shared=True, same=True, known=2) for rule in RULES], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_gradcheck_in_float64(backend, case):
     queries, documents = (x.clone().requires_grad_() for x in case.inputs(torch.float64))
@@ -157,6 +162,35 @@ def test_documents_of_one_id_are_never_negatives_of_each_other(backend):
     for i, negatives in rows:
         alone = contrastive_loss(queries[[i]], documents[[i, *negatives]], backend="reference")
         torch.testing.assert_close(marked[i], alone)
+
+
+@pytest.mark.parametrize("rule", [{}, {"symmetric": True}, {"query_negatives": True}], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_what_is_known_to_suit_a_query_is_none_of_its_negatives(backend, rule):
+    """Written out with sets: rows 0 to 3 share documents in a chain, of which 4 and 5 are hard negatives."""
+    queries, documents = Case(4, 6, 8).inputs(torch.float64)
+    ids, more = [10, 20, 30, 40, 20, 50], [{20}, {30}, {40, -1}, {-1}]
+    suits = [(known - {-1}) | {ids[i]} for i, known in enumerate(more)]
+    cosines = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(documents).T
+    between = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(queries).T
+    expected = []
+    for i in range(4):
+        wrong = [cosines[i, j] for j in range(6) if ids[j] not in suits[i]]
+        if "query_negatives" in rule:
+            wrong += [between[i, j] for j in range(4) if not suits[i] & suits[j]]
+        ways = [wrong]
+        if "symmetric" in rule:
+            ways.append([cosines[j, i] for j in range(4) if ids[i] not in suits[j]])
+        ways = [torch.stack([cosines[i, i], *way]) for way in ways]
+        expected.append(sum((20 * way).logsumexp(0) - 20 * way[0] for way in ways) / len(ways))
+    assert all(len(way) > 1 for way in ways)  # the chain leaves negatives to every row
+    known = torch.tensor([[*x, *[-1] * (2 - len(x))] for x in more])
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    losses = contrastive_loss(
+        queries.to(dtype), documents.to(dtype), ids=torch.tensor(ids), known=known, reduction="none", backend=backend,
+        **rule,
+    )  # fmt: skip
+    torch.testing.assert_close(losses, torch.stack(expected).to(dtype))
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
@@ -229,7 +263,7 @@ def test_a_nearly_perfect_batch_keeps_its_small_loss(backend):
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_two_runs_give_the_same_bits(small_tiles, backend):
-    case = Case(70, 40, 24, RULES[-1], shared=True)
+    case = Case(70, 40, 24, RULES[-1], shared=True, known=3)
     first, second = (losses_and_gradients(case, *case.inputs(torch.float32), backend) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
