@@ -11,10 +11,10 @@ from torch import Tensor
 from ..dispatch import Choice, choose
 from .operator import contrastive_operator
 from .reference import contrastive_reference
-from .rule import BOUNDED_SCALE, Rule
+from .rule import BOUNDED_SCALE, NO_ID, Rule
 from .whole import whole_loss
 
-__all__ = ["contrastive_loss"]
+__all__ = ["NO_ID", "contrastive_loss"]
 
 _ALL = ("reference", "blocked", "triton")
 _REDUCTIONS = ("mean", "sum", "none")

@@ -155,14 +155,13 @@ def _weights_kernel(p_x, p_y, p_h, p_stretch_x, p_stretch_y, p_mark_x, p_mark_y,
         b_rest = tl.load(p_rest_y + o_y, mask=m_y, other=float("inf"))[None, :]
         b_weight = tl.load(p_weight_y + o_y, mask=m_y, other=0.0)[None, :]
         b_h += _weight(b_s, scale, b_peak, b_rest, b_weight, b_limit, HAS_LIMIT_Y)
-    m_negative = m_x[:, None] & m_y[None, :]
     if SEVERAL_MARKS:
         b_h = _filled(b_h, 0.0, p_mark_x, p_mark_y, marks_x, marks_y, o_x, o_y, m_x, m_y)
+        b_h = tl.where(m_x[:, None] & m_y[None, :], b_h, 0.0)
     else:
         b_mark_x = tl.load(p_mark_x + o_x, mask=m_x, other=0)
         b_mark_y = tl.load(p_mark_y + o_y, mask=m_y, other=0)
-        m_negative = (b_mark_x[:, None] != b_mark_y[None, :]) & m_negative
-    b_h = tl.where(m_negative, b_h, 0.0)
+        b_h = tl.where((b_mark_x[:, None] != b_mark_y[None, :]) & m_x[:, None] & m_y[None, :], b_h, 0.0)
     if HAS_POSITIVE:
         b_positive = tl.load(p_positive + o_x, mask=m_x, other=-1)
         b_gradient = tl.load(p_gradient + o_x, mask=m_x, other=0.0)

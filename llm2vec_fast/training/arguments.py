@@ -295,7 +295,9 @@ class ContrastiveArguments(EmbeddingArguments):
     negatives: int = field(default=1, metadata={"help": "Hard negatives of a query, drawn anew in every epoch."})
     id_column: str | None = field(
         default=None,
-        metadata={"help": "Rows of the same id are never negatives of each other; nor are those that share a text."},
+        metadata={
+            "help": "Texts of rows of the same id are no negatives for their queries; nor are those of the same query."
+        },
     )
     query_instruction: list[str] = field(
         default_factory=list, metadata={"help": "Put before queries, not pooled: one for all files or one for each."}
