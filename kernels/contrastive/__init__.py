@@ -33,6 +33,7 @@ def contrastive_loss(
     similarity: str = "cos",
     symmetric: bool = False,
     query_negatives: bool = False,
+    document_negatives: bool = False,
     ids: Tensor | None = None,
     known: Tensor | None = None,
     false_negative_margin: float | None = None,
@@ -55,6 +56,9 @@ def contrastive_loss(
         similarity: "cos" (of vectors of zeros: 0), or "dot".
         symmetric: the mean of this loss and of the one that finds each document's query among all queries.
         query_negatives: the other queries are negatives too (Li et al., 2023); not in the symmetric direction.
+        document_negatives: so are, in the same sum, the other queries and the queries' own documents as compared with
+            this query's own document, whose similarity to the query is counted in either direction. With
+            ``query_negatives`` that is all of GTE's loss. Not with ``symmetric``.
         ids: (M,) integers: a document of the id of a query's own is none of its negatives. Each document has an id of
             its own if None.
         known: (N, K) integers, filled up with −1: the ids of further documents known to suit each query, which are none
@@ -69,8 +73,8 @@ def contrastive_loss(
             documents; ``ids`` and ``known`` are compared across ranks.
         reduction: "mean" or "sum" over the queries (of all ranks: each returns the same), or "none": (N,), this rank's.
         backend: "auto", "reference", "blocked" or "triton". On a CPU "auto" computes the whole matrix at once where
-            that is faster: up to 32 MiB of float32, or 160 KiB where any of positives, symmetric, query_negatives, ids
-            or false_negative_margin is given.
+            that is faster: up to 32 MiB of float32, or 160 KiB where anything from positives to
+            false_negative_margin but scale and similarity is given.
 
     Returns:
         The loss, float32 (float64 for float64). Across ranks, a rank's gradients are those of the returned loss with
@@ -90,16 +94,16 @@ def contrastive_loss(
     """
     _check_rows(queries, documents)
     _check_targets(queries, documents, positives, ids, known)
-    _check_settings(similarity, reduction, false_negative_margin)
+    _check_settings(similarity, reduction, false_negative_margin, symmetric and document_negatives)
     cosine = similarity == "cos"
     bounded = cosine and not isinstance(scale, Tensor) and scale <= BOUNDED_SCALE
-    rule = Rule(cosine, symmetric, query_negatives, false_negative_margin, bounded)
+    rule = Rule(cosine, symmetric, query_negatives, document_negatives, false_negative_margin, bounded)
     scale = _scale_tensor(scale, queries)
     positives = None if positives is None else positives.long().contiguous()
     missing = ("triton" if queries.dtype == torch.float64 else "", "reference" if group is not None else "")
     implemented = tuple(name for name in _ALL if name not in missing)
     plain = positives is None and ids is None and rule.plain
-    whole = _whole(queries, documents, plain, query_negatives) if group is None else None
+    whole = _whole(queries, documents, plain, rule) if group is None else None
     choice = choose("contrastive_loss", backend, queries.device.type, implemented, preferred=whole)
     if group is not None:
         from .group import group_loss
@@ -114,20 +118,20 @@ def contrastive_loss(
             losses = contrastive_reference(queries, documents, scale, positives, ids, known, rule)
     else:
         losses, *_ = contrastive_operator(
-            queries, documents, scale, positives, ids, known, cosine, symmetric, query_negatives,
+            queries, documents, scale, positives, ids, known, cosine, symmetric, query_negatives, document_negatives,
             false_negative_margin, bounded, choice.backend,
         )  # fmt: skip
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
 
-def _whole(queries: Tensor, documents: Tensor, plain: bool, query_negatives: bool) -> Choice | None:
+def _whole(queries: Tensor, documents: Tensor, plain: bool, rule: Rule) -> Choice | None:
     """The choice of "auto" where the matrix is small enough to be computed at once; None elsewhere.
 
     A compiler would have to compile anew where the batch crosses that size: it only ever sees tiles.
     """
     if torch.compiler.is_compiling():
         return None
-    columns = documents.shape[0] + (queries.shape[0] if query_negatives else 0)
+    columns = documents.shape[0] + (rule.query_negatives + 2 * rule.document_negatives) * queries.shape[0]
     most = WHOLE_BYTES["plain" if plain else "other"]
     if queries.device.type != "cpu" or 4 * queries.shape[0] * columns > most:
         return None
@@ -191,7 +195,9 @@ def _check_targets(
         raise ValueError(f"positives holds {wrong}: documents are numbered 0 … {count - 1}")
 
 
-def _check_settings(similarity: str, reduction: str, margin: float | None) -> None:
+def _check_settings(similarity: str, reduction: str, margin: float | None, both: bool) -> None:
+    if both:
+        raise ValueError("symmetric=True and document_negatives=True: give one, the second looks both ways itself")
     if similarity not in _SIMILARITIES:
         raise ValueError(f"similarity={similarity!r} is unknown: choose one of {', '.join(_SIMILARITIES)}")
     if reduction not in _REDUCTIONS:

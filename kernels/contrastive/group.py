@@ -17,12 +17,14 @@ from torch import Tensor
 from .passes import (
     Problem,
     Saved,
+    add_at,
     alignment,
     finish,
     largest,
     losses_of,
     own_similarity,
     problem_of,
+    saved_of,
     weighted,
     with_limits,
     zeros_for,
@@ -120,16 +122,16 @@ def _forward(problem: Problem, ranks: Ranks) -> Saved:
     column_sums = torch.stack(LogSum.empty(own, ranks.first_visit(counts)[0]), dim=1)
     for owner, side in ranks.visits(problem.documents, counts):
         if side.count:
-            more, columns = room.negative_sums(queries, side, problem.scale, rule.symmetric, rule.bounded)
+            more, columns = room.negative_sums(queries, side, problem.scale, rule.columns, rule.bounded)
             sums = sums.plus(more)
             if columns is not None:
                 column_sums = torch.stack(LogSum(*column_sums.T).plus(columns), dim=1)
-        if rule.symmetric:
+        if rule.columns:
             column_sums = ranks.hand_on(column_sums, counts, owner, _joined)
-    if rule.query_negatives:
-        for _, side in ranks.visits(queries, ranks.query_counts):
-            sums = sums.plus(room.negative_sums(queries, side, problem.scale, False, rule.bounded)[0])
-    return Saved(own, torch.stack(sums), column_sums.T)
+    for own_side in problem.alike():
+        for _, side in ranks.visits(own_side, ranks.query_counts):
+            sums = sums.plus(room.negative_sums(own_side, side, problem.scale, False, rule.bounded)[0])
+    return saved_of(problem, own, sums, column_sums.T)
 
 
 def _joined(parts: Tensor) -> Tensor:
@@ -156,7 +158,15 @@ def _backward(
     if problem.rule.query_negatives:
         for _, side in ranks.visits(queries, ranks.query_counts):
             _add(problem, side, None, into, None)
-    slope = (slope + alignment(queries, into)) / 2 * peak
+    slope = slope + alignment(queries, into)
+    if problem.rule.document_negatives:
+        own_side = problem.alike()[-1]
+        into_own = zeros_for(own_side)
+        for _, side in ranks.visits(own_side, ranks.query_counts):
+            _add(replace(problem, queries=own_side), side, None, into_own, None)
+        slope = slope + alignment(own_side, into_own)
+        add_at(into_documents, problem.positives, into_own)
+    slope = slope / 2 * peak
     factor = problem.scale * peak
     return finish(queries, into, factor, None, dtype), finish(documents, into_documents, factor, None, dtype), slope
 

@@ -22,19 +22,21 @@ def contrastive_operator(
     cosine: bool,
     symmetric: bool,
     query_negatives: bool,
+    document_negatives: bool,
     margin: float | None,
     bounded: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses (N,), and what the backward pass needs: see `Saved`. Only the losses are differentiable."""
-    rule = Rule(cosine, symmetric, query_negatives, margin, bounded)
+    rule = Rule(cosine, symmetric, query_negatives, document_negatives, margin, bounded)
     with torch.autocast(queries.device.type, enabled=False):
         losses, saved = forward(problem_of(queries, documents, scale, positives, ids, known, rule, backend))
     return losses, *saved
 
 
 @contrastive_operator.register_fake
-def _(queries, documents, scale, positives, ids, known, cosine, symmetric, query_negatives, margin, bounded, backend):
+def _(queries, documents, scale, positives, ids, known, cosine, symmetric, query_negatives,
+      document_negatives, margin, bounded, backend):  # fmt: skip
     dtype = torch.promote_types(queries.dtype, torch.float32)
     losses, own = (queries.new_empty(queries.shape[0], dtype=dtype) for _ in range(2))
     sums = queries.new_empty((2, queries.shape[0]), dtype=dtype)
@@ -56,13 +58,14 @@ def contrastive_backward_operator(
     cosine: bool,
     symmetric: bool,
     query_negatives: bool,
+    document_negatives: bool,
     margin: float | None,
     bounded: bool,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, documents and scale; empty where ``needs`` says they are not wanted."""
-    rule = Rule(cosine, symmetric, query_negatives, margin, bounded)
+    rule = Rule(cosine, symmetric, query_negatives, document_negatives, margin, bounded)
     like = Gradients(*(x if need else None for x, need in zip((queries, documents, scale), needs, strict=True)))
     with torch.autocast(queries.device.type, enabled=False):
         problem = problem_of(queries, documents, scale, positives, ids, known, rule, backend)
@@ -74,7 +77,7 @@ def contrastive_backward_operator(
 
 @contrastive_backward_operator.register_fake
 def _(grad, own, sums, column_sums, queries, documents, scale, positives, ids, known, cosine, symmetric,
-      query_negatives, margin, bounded, backend, needs):  # fmt: skip
+      query_negatives, document_negatives, margin, bounded, backend, needs):  # fmt: skip
     sources = zip((queries, documents, scale), needs, strict=True)
     return tuple(x.new_empty(x.shape if need else 0) for x, need in sources)
 

@@ -36,19 +36,28 @@ def contrastive_reference(
         hidden = _hidden(of_queries, marks, similarity, limit)
         scores = scores.masked_fill(hidden.index_put((rows, positives), hidden.new_zeros(())), float("-inf"))
     if rule.query_negatives:
-        between = _wide(queries @ queries.T)
-        hidden = _hidden(of_queries, of_queries, between, limit)
-        scores = torch.cat([scores, (between * scale).masked_fill(hidden, float("-inf"))], dim=1)
-    losses = F.cross_entropy(scores, positives, reduction="none")
-    if not rule.symmetric:
-        return losses
+        scores = torch.cat([scores, _between(queries, of_queries, limit, scale)], dim=1)
+    if not rule.columns:
+        return F.cross_entropy(scores, positives, reduction="none")
     anchors = similarity[:, positives].T
+    column_limit = None
     if limit is not None:  # a document with several queries goes by the one most similar to it
-        limit = own.new_full(marks.shape[:1], float("-inf")).scatter_reduce(0, positives, limit, "amax")[positives]
-    hidden = _hidden(marks[positives], of_queries, anchors, limit)
+        lowest = own.new_full(marks.shape[:1], float("-inf"))
+        column_limit = lowest.scatter_reduce(0, positives, limit, "amax")[positives]
+    hidden = _hidden(marks[positives], of_queries, anchors, column_limit)
     hidden.fill_diagonal_(False)
-    backwards = F.cross_entropy((anchors * scale).masked_fill(hidden, float("-inf")), rows, reduction="none")
-    return (losses + backwards) / 2
+    backwards = (anchors * scale).masked_fill(hidden, float("-inf"))
+    if rule.document_negatives:
+        more = _between(documents[positives], of_queries, limit, scale)
+        return F.cross_entropy(torch.cat([scores, backwards, more], dim=1), positives, reduction="none")
+    losses, others = (F.cross_entropy(x, y, reduction="none") for x, y in ((scores, positives), (backwards, rows)))
+    return (losses + others) / 2
+
+
+def _between(x: Tensor, marks: Tensor, limit: Tensor | None, scale: Tensor) -> Tensor:
+    """(n, n) scores of unit rows (n, d) among themselves, −inf where these are no negatives."""
+    similarity = _wide(x @ x.T)
+    return (similarity * scale).masked_fill(_hidden(marks, marks, similarity, limit), float("-inf"))
 
 
 def unit_rows(x: Tensor) -> Tensor:

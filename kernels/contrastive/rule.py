@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from ..products import blocks
 
 # Rows are normalised, and gradients finished, this many bytes of float32 at a time: they stay in cache.
 BLOCK_BYTES = 2**20
+LN_2 = math.log(2)
 NO_ID = -1  # what ``known`` is filled up with
 # Rows of a length between these have squares that float32 can add up.
 PLAIN_LENGTHS = (1e-15, 1e15)
@@ -30,19 +32,26 @@ class Rule:
 
     A negative of row i is a document (or query, with query_negatives) that has no mark in common with it and whose
     similarity is at most that of the positive plus the margin. In the other direction (symmetric), the negatives of
-    document p(i) are queries.
+    document p(i) are queries. With document_negatives these, and the other rows' documents as compared with p(i), are
+    negatives of row i too, and the positive counts once in either direction: log(2 + e^(R(i) − z(i, p(i)))).
     """
 
     cosine: bool
     symmetric: bool
     query_negatives: bool
+    document_negatives: bool
     margin: float | None
     bounded: bool = False  # |scale| ≤ BOUNDED_SCALE and |similarity| ≤ 1: e^z fits float32 without a running maximum
 
     @property
     def plain(self) -> bool:
         """One direction, and every other document is a negative, but those of the same mark."""
-        return not self.symmetric and not self.query_negatives and self.margin is None
+        return not self.columns and not self.query_negatives and self.margin is None
+
+    @property
+    def columns(self) -> bool:
+        """Whether documents look for queries, too."""
+        return self.symmetric or self.document_negatives
 
 
 # e^60 · 2²⁰ columns and e^−60 both lie well within float32.
@@ -113,6 +122,10 @@ class Side:
         """Everything that has rows, by name."""
         names = ("rows", "inverse", "stretch", "marks", "limit", "peak", "rest", "weight")
         return {name: getattr(self, name) for name in names}
+
+    def rows_and_lengths(self) -> dict[str, Tensor | None]:
+        """The rows and what goes with them alone, by name."""
+        return {name: getattr(self, name) for name in ("rows", "inverse", "stretch")}
 
     def unit(self, rows: slice | Tensor) -> Tensor:
         """(k, d) of the accumulator's dtype: rows as the similarity sees them; a copy, unless they are that already."""

@@ -176,6 +176,7 @@ class ContrastiveTrainer(StageTrainer):
                 embedded.rows[:count, :width], embedded.rows[count:, :width],
                 scale=self.args.scale if embedded.scale is None else embedded.scale, ids=ids, known=known,
                 symmetric=self.args.symmetric, query_negatives=self.args.query_negatives,
+                document_negatives=self.args.document_negatives,
                 false_negative_margin=self.args.false_negative_margin,
                 group=group,
             )

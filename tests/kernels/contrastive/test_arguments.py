@@ -46,6 +46,7 @@ def test_rows_that_do_not_fit_are_refused(queries, documents, message):
         ({"scale": float("nan")}, "scale=nan"),
         ({"scale": torch.tensor(-2.0)}, "scale=-2.0"),
         ({"scale": torch.ones(2)}, "one floating-point element"),
+        ({"symmetric": True, "document_negatives": True}, "symmetric=True and document_negatives=True"),
         ({"similarity": "euclidean"}, "similarity='euclidean' is unknown"),
         ({"reduction": "batchmean"}, "reduction='batchmean' is unknown"),
         ({"false_negative_margin": float("inf")}, "false_negative_margin=inf"),

@@ -18,13 +18,14 @@ RULES = (
     {},
     {"symmetric": True},
     {"query_negatives": True},
+    {"query_negatives": True, "document_negatives": True},
     {"symmetric": True, "query_negatives": True, "false_negative_margin": -0.2},
 )
 CASES = [
     *((rule, targets, torch.float32, "mean") for rule in RULES for targets in ((), ("positives", "ids", "known"))),
     ({"symmetric": True}, (), torch.bfloat16, "sum"),
     ({"similarity": "dot", "false_negative_margin": 0.0}, (), torch.float32, "mean"),
-    ({**RULES[3], "backend": "triton"}, ("positives", "ids"), torch.float32, "mean"),
+    ({**RULES[-1], "backend": "triton"}, ("positives", "ids"), torch.float32, "mean"),
 ]
 
 

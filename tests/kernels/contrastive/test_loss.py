@@ -22,6 +22,7 @@ RULES = (
     {"symmetric": True},
     {"query_negatives": True},
     {"false_negative_margin": -0.2},
+    {"query_negatives": True, "document_negatives": True, "false_negative_margin": -0.25},
     {"symmetric": True, "query_negatives": True, "false_negative_margin": -0.3},
 )
 CASES = [
@@ -44,6 +45,7 @@ MANY_TILES = [
     Case(50, 100, 24, {"symmetric": True}, same=True),
     Case(50, 100, 24, {"symmetric": True, "query_negatives": True}, shared=True, known=2),
     Case(100, 50, 24, RULES[-1], shared=True),
+    Case(100, 50, 24, {"query_negatives": True, "document_negatives": True}, shared=True, known=2),
 ]
 BACKENDS = [
     pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
@@ -100,6 +102,7 @@ def test_many_tiles(small_tiles, case, backend, dtype):
             "similarity": st.sampled_from(["cos", "dot"]),
             "symmetric": st.booleans(),
             "query_negatives": st.booleans(),
+            "document_negatives": st.booleans(),
             "false_negative_margin": st.none() | st.floats(-0.5, 0.5).map(lambda x: x + 0.000123),
         }
     ),
@@ -109,6 +112,7 @@ def test_many_tiles(small_tiles, case, backend, dtype):
 )
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_generated_shapes_and_rules(backend, rows, more, width, rule, shared, same, known):
+    rule = {**rule, "symmetric": rule["symmetric"] and not rule["document_negatives"]}
     case = Case(rows, rows + more, width, rule, shared, same, known, scale=5.0)
     for name, *results in three_ways(case, torch.float32, backend):
         factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
@@ -149,6 +153,23 @@ def test_the_reference_is_the_textbook_formula():
         expected.append(-(20 * cosines[i]) + (20 * cosines).exp().sum().log())
     loss = contrastive_loss(queries, documents, backend="reference")
     torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("directions", [("query_to_query",), ()], ids=["all-four", "without-queries"])
+def test_all_directions_in_one_sum_as_in_sentence_transformers(backend, directions):
+    losses = pytest.importorskip("sentence_transformers.losses")
+    queries, documents = (x.requires_grad_() for x in Case(9, 9, 12).inputs(torch.float32))
+    loss = losses.MultipleNegativesRankingLoss(
+        torch.nn.Identity(), directions=("query_to_doc", "doc_to_query", "doc_to_doc", *directions)
+    )
+    expected = loss.compute_loss_from_embeddings([queries, documents], None)
+    ours = contrastive_loss(
+        queries, documents, query_negatives=bool(directions), document_negatives=True, backend=backend
+    )
+    torch.testing.assert_close(ours, expected)
+    for x, y in zip(*(torch.autograd.grad(x, (queries, documents)) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])

@@ -16,13 +16,13 @@ from llm2vec_fast.kernels.contrastive.operator import contrastive_backward_opera
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered")
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["one-way", "symmetric"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one-sum", "symmetric"])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_opcheck(backend, symmetric):
     case = Case(5, 7, 8, shared=True, same=True, known=2)
     queries, documents = (x.clone().requires_grad_() for x in case.inputs(torch.float32))
     scale = torch.tensor(20.0, requires_grad=True)
-    settings = (*case.targets().values(), True, symmetric, True, -0.1, False, backend)
+    settings = (*case.targets().values(), True, symmetric, True, not symmetric, -0.1, False, backend)
     torch.library.opcheck(contrastive_operator, (queries, documents, scale, *settings))
     plain = tuple(x.detach() for x in (queries, documents, scale))
     _, *saved = contrastive_operator(*plain, *settings)

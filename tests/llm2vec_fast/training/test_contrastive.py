@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,59 +130,6 @@ def test_draws_follow_from_the_epoch_and_the_row(given: Settings, tmp_path: Path
         assert one[i]["positive"][1] in rows[i]["d"]
 
 
-@pytest.fixture
-def chain(tmp_path: Path, sentences: list[str]) -> str:
-    """30 rows, each with one document of its own and one of the next."""
-    rows = [{"query": sentences[i], "positive": [sentences[30 + i], sentences[30 + (i + 1) % 30]]} for i in range(30)]
-    return written(tmp_path / "chain.jsonl", *rows)
-
-
-@pytest.mark.parametrize("alone", [True, False])
-def test_rows_that_share_documents_in_a_chain_are_negatives_but_of_their_neighbours(
-    given: Settings, chain: str, alone: bool
-) -> None:
-    """Against a product, a mask by the texts themselves, and cross-entropy."""
-    arguments = ContrastiveArguments(**given(train_file=[chain], scale=5.0))
-    data, (stage, tokenizer) = Pairs([chain], arguments), load_embedding_model(arguments)
-    trainer = ContrastiveTrainer(stage, arguments, [30], train_dataset=data)
-    rows = [data[i] for i in (3, 4, 5, 6, 20, 21, 29, 0)]
-    batch = PairCollator(tokenizer, alone)(rows)
-    texts = [row["positive"][1] for row in rows]
-    own = [json.loads(line)["positive"] for line in Path(chain).read_text().splitlines()]
-    wrong = torch.tensor([[texts[j] in own[row["row"]] and i != j for j in range(8)] for i, row in enumerate(rows)])
-    assert 0 < wrong.sum() < 8
-    embedded = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    loss = trainer._loss(Embedded(embedded, None), 8, batch["ids"], batch["known"])
-    cosines = normalize(embedded[:8].double()) @ normalize(embedded[8:].double()).T
-    expected = cross_entropy((5.0 * cosines).masked_fill(wrong, -torch.inf), torch.arange(8))
-    torch.testing.assert_close(loss.double(), expected)
-
-
-def test_the_share_of_pairs_that_are_no_negatives_is_told(
-    given: Settings, chain: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of 29 other rows two are neighbours, and half of the time the document that is shared is drawn for one."""
-    other = written(tmp_path / "other.jsonl", *({"query": f"cat {i}", "positive": f"sat {i}"} for i in range(30)))
-    train_contrastive(ContrastiveArguments(**given(train_file=[other, chain], max_steps=1, save_strategy="no")))
-    told = [line for line in caplog.messages if "no negatives" in line]
-    assert len(told) == 1
-    share = re.fullmatch(rf"{chain}: ([\d.]+) % of the pairs of a query and another row's document belong .*", told[0])
-    assert 1 < float(share[1]) < 6
-    assert "teaches nothing" not in caplog.text
-
-
-def test_steps_without_a_negative_are_told_once(
-    given: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Rows of one document: in training, and in evaluation."""
-    file = written(tmp_path / "rows.jsonl", *({"query": f"cat {i}", "positive": "sat"} for i in range(16)))
-    changes = {"max_steps": 3, "save_strategy": "no", "train_file": [file], "validation_file": [file]}
-    train_contrastive(ContrastiveArguments(**given(**changes)))
-    assert f"{file}: 100.0 % of the pairs" in caplog.text
-    assert [line[:21] for line in caplog.messages if "teaches nothing" in line] == ["step 1 teaches nothin"]
-    assert "eval_loss is 0: no batch of the validation files leaves a query a negative" in caplog.text
-
-
 def test_what_suits_a_query_is_never_its_negative(given: Settings, tmp_path: Path) -> None:
     """Two rows of one query, and hard negatives that are the rows' documents."""
     file = written(
@@ -218,7 +164,14 @@ def test_matryoshka_widths_count_by_their_weights(given: Settings) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"symmetric": True}, {"query_negatives": True}, {"false_negative_margin": 0.05}, {"learn_scale": True}]
+    "option",
+    [
+        {"symmetric": True},
+        {"query_negatives": True},
+        {"document_negatives": True},
+        {"false_negative_margin": 0.05},
+        {"learn_scale": True},
+    ],
 )
 def test_options_of_the_loss_reach_it(given: Settings, option: dict[str, object]) -> None:
     arguments = ContrastiveArguments(**given(scale=5.0, **option))
@@ -297,7 +250,7 @@ def test_two_processes_train_as_one_on_the_joined_batch(
 ) -> None:
     """Rows share documents across processes, too."""
     options = {**UNCLIPPED, "learning_rate": 0.02, "max_steps": 3, "save_strategy": "no", "train_file": [chain]}
-    options |= {"query_negatives": True}
+    options |= {"query_negatives": True, "document_negatives": True}
     options |= {"scale": 5.0, "learn_scale": True, "matryoshka_dims": [16, 64]}
     finished(launch("contrastive", given("one", **options)))
     # The first process embeds in pieces where the other does not have to: texts differ in length.
