@@ -36,6 +36,7 @@ def contrastive_loss(
     document_negatives: bool = False,
     ids: Tensor | None = None,
     known: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
     false_negative_margin: float | None = None,
     group: Any = None,
     reduction: str = "mean",
@@ -64,6 +65,9 @@ def contrastive_loss(
         known: (N, K) integers, filled up with −1: the ids of further documents known to suit each query, which are none
             of its negatives either. Queries that have an id in common, of those known or of their own documents, are
             not each other's negatives. Needs ``ids``.
+        guide: (N, g) and (M, g) rows of another model for the queries and the documents, of any floating-point dtype:
+            the margin, 0 if there is none, compares their cosines instead, as GISTEmbed does with the negated margin
+            (Solatorio, 2024). Not on Triton.
         false_negative_margin: negatives whose similarity (before the scale) exceeds that of the positive by more than
             this are left out as unlabelled positives (Zhang et al., 2025). In the symmetric direction the positive of
             a document of several queries is the one most similar to it.
@@ -90,17 +94,25 @@ def contrastive_loss(
     rows round similarities to it, unless there is a margin to compare them with; elsewhere they are float32.
 
     Source: van den Oord et al., 2018 (arXiv:1807.03748); tiles after Inf-CL (Cheng et al., 2024, arXiv:2410.17243);
-    query negatives after GTE (arXiv:2308.03281), margin after Qwen3 Embedding (arXiv:2506.05176).
+    query and document negatives after GTE (arXiv:2308.03281), margin after Qwen3 Embedding (arXiv:2506.05176), guide
+    after GISTEmbed (arXiv:2402.16829).
     """
     _check_rows(queries, documents)
     _check_targets(queries, documents, positives, ids, known)
     _check_settings(similarity, reduction, false_negative_margin, symmetric and document_negatives)
     cosine = similarity == "cos"
     bounded = cosine and not isinstance(scale, Tensor) and scale <= BOUNDED_SCALE
+    if guide is not None:
+        _check_guide(queries, documents, guide)
+        guide = tuple(x.detach() for x in guide)
+        false_negative_margin = false_negative_margin or 0.0
     rule = Rule(cosine, symmetric, query_negatives, document_negatives, false_negative_margin, bounded)
     scale = _scale_tensor(scale, queries)
     positives = None if positives is None else positives.long().contiguous()
-    missing = ("triton" if queries.dtype == torch.float64 else "", "reference" if group is not None else "")
+    missing = (
+        "triton" if queries.dtype == torch.float64 or guide is not None else "",
+        "reference" if group is not None else "",
+    )
     implemented = tuple(name for name in _ALL if name not in missing)
     plain = positives is None and ids is None and rule.plain
     whole = _whole(queries, documents, plain, rule) if group is None else None
@@ -108,18 +120,20 @@ def contrastive_loss(
     if group is not None:
         from .group import group_loss
 
-        return group_loss(queries, documents, scale, positives, ids, known, rule, choice.backend, group, reduction)
+        return group_loss(
+            queries, documents, scale, positives, ids, known, guide, rule, choice.backend, group, reduction
+        )
     if choice is whole and plain:
         return whole_loss(queries, documents, scale, rule, reduction)
     if choice.backend == "reference":
         if choice is whole:
             queries, documents = queries.to(scale.dtype), documents.to(scale.dtype)
         with torch.autocast(queries.device.type, enabled=False):
-            losses = contrastive_reference(queries, documents, scale, positives, ids, known, rule)
+            losses = contrastive_reference(queries, documents, scale, positives, ids, known, guide, rule)
     else:
         losses, *_ = contrastive_operator(
-            queries, documents, scale, positives, ids, known, cosine, symmetric, query_negatives, document_negatives,
-            false_negative_margin, bounded, choice.backend,
+            queries, documents, scale, positives, ids, known, *(guide or (None, None)), cosine, symmetric,
+            query_negatives, document_negatives, false_negative_margin, bounded, choice.backend,
         )  # fmt: skip
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
@@ -193,6 +207,16 @@ def _check_targets(
     if least < 0 or most >= count:
         wrong = least if least < 0 else most
         raise ValueError(f"positives holds {wrong}: documents are numbered 0 … {count - 1}")
+
+
+def _check_guide(queries: Tensor, documents: Tensor, guide: tuple[Tensor, Tensor]) -> None:
+    for name, x, like in zip(("queries", "documents"), guide, (queries, documents), strict=True):
+        fits = x.ndim == 2 and x.shape == (like.shape[0], guide[0].shape[-1])
+        if not fits or not x.is_floating_point() or x.device != like.device:
+            raise ValueError(
+                f"guide holds {x.dtype} of shape {tuple(x.shape)} on {x.device} for the {name}: "
+                f"pass floating-point ({like.shape[0]}, g) on {like.device}"
+            )
 
 
 def _check_settings(similarity: str, reduction: str, margin: float | None, both: bool) -> None:

@@ -40,6 +40,7 @@ def group_loss(
     positives: Tensor | None,
     ids: Tensor | None,
     known: Tensor | None,
+    guide: tuple[Tensor, Tensor] | None,
     rule: Rule,
     choice: str,
     group: dist.ProcessGroup,
@@ -50,12 +51,14 @@ def group_loss(
     Raises:
         ValueError: rows of different width or dtype on different ranks.
     """
-    ranks = ranks_of(group, queries, documents, ids, known)
+    ranks = ranks_of(group, queries, documents, ids, known, guide)
     if ids is not None:  # what travels has the same shape and dtype everywhere
         known = documents.new_empty((queries.shape[0], 0)) if known is None else known
         ids, known = ids.long(), F.pad(known.long(), (0, ranks.known - known.shape[1]), value=NO_ID)
     rule = replace(rule, bounded=False)  # ranks may differ in how they pass the scale
-    losses = _GroupLoss.apply(queries, documents, scale, positives, ids, known, rule, choice, ranks)
+    losses = _GroupLoss.apply(
+        queries, documents, scale, positives, ids, known, *(guide or (None, None)), rule, choice, ranks
+    )
     if reduction == "none":
         return losses
     local = losses.sum()
@@ -75,14 +78,17 @@ class _GroupLoss(torch.autograd.Function):
         positives: Tensor | None,
         ids: Tensor | None,
         known: Tensor | None,
+        guide_queries: Tensor | None,
+        guide_documents: Tensor | None,
         rule: Rule,
         backend: str,
         ranks: Ranks,
     ) -> Tensor:
         with torch.autocast(queries.device.type, enabled=False):
-            problem = _numbered(queries, documents, scale, positives, ids, known, rule, backend, ranks)
+            inputs = (queries, documents, scale, positives, ids, known, guide_queries, guide_documents)
+            problem = _numbered(*inputs, rule, backend, ranks)
             saved = _forward(problem, ranks)
-        ctx.save_for_backward(*saved, queries, documents, scale, positives, ids, known)
+        ctx.save_for_backward(*saved, *inputs)
         ctx.settings = (rule, backend, ranks)
         return losses_of(problem, saved)
 
@@ -93,7 +99,7 @@ class _GroupLoss(torch.autograd.Function):
         problem = _numbered(*inputs, *ctx.settings)
         gradients = _backward(problem, Saved(own, sums, column_sums), grad, ctx.settings[2], inputs[0].dtype)
         wanted = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        return *(x if need else None for x, need in wanted), *(None,) * 6
+        return *(x if need else None for x, need in wanted), *(None,) * 8
 
 
 def _numbered(
@@ -103,13 +109,16 @@ def _numbered(
     positives: Tensor | None,
     ids: Tensor | None,
     known: Tensor | None,
+    guide_queries: Tensor | None,
+    guide_documents: Tensor | None,
     rule: Rule,
     backend: str,
     ranks: Ranks,
 ) -> Problem:
     """The problem of this rank, whose documents are numbered across ranks."""
     first = sum(ranks.document_counts[: ranks.rank])
-    return problem_of(queries, documents, scale, positives, ids, known, rule, backend, first)
+    guide = None if guide_queries is None else (guide_queries, guide_documents)
+    return problem_of(queries, documents, scale, positives, ids, known, guide, rule, backend, first)
 
 
 def _forward(problem: Problem, ranks: Ranks) -> Saved:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import LN_2, LogSum, Rule, Side, blocks, marks_of, row_blocks, softplus
+from .rule import LN_2, LogSum, Rule, Side, blocks, marks_of, row_blocks, softplus, unit_rows
 
 
 def room_of(backend: str) -> ModuleType:
@@ -36,7 +36,7 @@ class Problem:
         """The sides whose rows are negatives of each other: the queries, and the document of each, as the rule says."""
         found = [self.queries] if self.rule.query_negatives else []
         if self.rule.document_negatives:
-            own = {name: x[self.positives] for name, x in self.documents.rows_and_lengths().items() if x is not None}
+            own = {name: x[self.positives] for name, x in self.documents.embeddings().items() if x is not None}
             found.append(replace(self.queries, **own))
         return found
 
@@ -64,6 +64,7 @@ def problem_of(
     positives: Tensor | None,
     ids: Tensor | None,
     known: Tensor | None,
+    guide: tuple[Tensor, Tensor] | None,
     rule: Rule,
     backend: str,
     first: int = 0,
@@ -72,15 +73,14 @@ def problem_of(
     room, compared = room_of(backend), rule.margin is not None
     counted = first if ids is None else None
     in_order = torch.arange(queries.shape[0], device=queries.device) if positives is None else positives
-    marks, of_queries = marks_of(documents, in_order, ids, known, first)
-    return Problem(
-        Side(*room.prepared(queries, rule.cosine, compared), of_queries, counted if positives is None else None),
+    marks, query_marks = marks_of(documents, in_order, ids, known, first)
+    sides = (
+        Side(*room.prepared(queries, rule.cosine, compared), query_marks, counted if positives is None else None),
         Side(*room.prepared(documents, rule.cosine, compared), marks, counted),
-        in_order,
-        scale,
-        rule,
-        room,
     )
+    if guide is not None:
+        sides = (replace(side, guide=unit_rows(x.to(scale.dtype))) for side, x in zip(sides, guide, strict=True))
+    return Problem(*sides, in_order, scale, rule, room)
 
 
 def own_similarity(problem: Problem) -> Tensor:
@@ -96,8 +96,10 @@ def with_limits(problem: Problem, own: Tensor) -> Problem:
     """The problem with the highest similarity that a negative of each query and of each document may have."""
     if problem.rule.margin is None:
         return problem
+    documents, by = problem.documents, problem.queries.guide
+    if by is not None:
+        own = (by * documents.guide[problem.positives]).sum(1)
     limit = own + problem.rule.margin
-    documents = problem.documents
     if problem.rule.columns:
         column_limit = limit.new_full((documents.count,), float("-inf"))
         documents = replace(documents, limit=column_limit.scatter_reduce(0, problem.positives, limit, "amax"))

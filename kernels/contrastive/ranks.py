@@ -157,20 +157,27 @@ class Gathering(Ranks):
 
 
 def ranks_of(
-    group: dist.ProcessGroup, queries: Tensor, documents: Tensor, ids: Tensor | None = None, known: Tensor | None = None
+    group: dist.ProcessGroup,
+    queries: Tensor,
+    documents: Tensor,
+    ids: Tensor | None = None,
+    known: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
 ) -> Ranks:
     """Who holds how many rows, and how they are to meet.
 
     Raises:
-        ValueError: rows of different width or dtype on different ranks, or ids on some only.
+        ValueError: rows of different width or dtype on different ranks, guides of different width, or either or ids on
+            some only.
     """
     counts = (queries.shape[0], documents.shape[0], 0 if known is None else known.shape[1])
-    here = (*counts, queries.shape[1], queries.dtype, ids is not None)
+    here = (*counts, queries.shape[1], queries.dtype, ids is not None, guide and guide[0].shape[1])
     everywhere: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, here, group=group)
     if len({found[3:] for found in everywhere}) > 1:
         raise ValueError(
-            f"ranks hold rows of width, dtype and with ids {[found[3:] for found in everywhere]}: they must agree"
+            "ranks hold rows of width, dtype, with ids, and a guide of width "
+            f"{[found[3:] for found in everywhere]}: they must agree"
         )
     query_counts, document_counts, known_counts = ([found[i] for found in everywhere] for i in range(3))
     accumulator = torch.promote_types(queries.dtype, torch.float32)

@@ -31,9 +31,10 @@ class Rule:
         loss(i) = log(1 + e^(R(i) − z(i, p(i)))),  R(i) = log Σ e^z over the negatives of row i
 
     A negative of row i is a document (or query, with query_negatives) that has no mark in common with it and whose
-    similarity is at most that of the positive plus the margin. In the other direction (symmetric), the negatives of
-    document p(i) are queries. With document_negatives these, and the other rows' documents as compared with p(i), are
-    negatives of row i too, and the positive counts once in either direction: log(2 + e^(R(i) − z(i, p(i)))).
+    similarity (by the guide, if there is one) is at most that of the positive plus the margin. In the other direction
+    (symmetric), the negatives of document p(i) are queries. With document_negatives these, and the other rows'
+    documents as compared with p(i), are negatives of row i too, and the positive counts once in either direction:
+    log(2 + e^(R(i) − z(i, p(i)))).
     """
 
     cosine: bool
@@ -97,10 +98,11 @@ class Side:
     stretch: Tensor | None  # what a row as it lies here is multiplied by to have length one; None: nothing
     marks: Tensor  # (n, k): an entry whose row and column have a mark in common is no negative
     first: int | None = None  # k is 1 and the marks count up from here; None: anything
-    limit: Tensor | None = None  # the highest similarity of a negative
+    limit: Tensor | None = None  # the highest similarity of a negative, by the guide if there is one
     peak: Tensor | None = None  # the logarithm of the softmax denominator is peak + rest
     rest: Tensor | None = None
     weight: Tensor | None = None  # what a softmax weight is multiplied by in the gradient of the similarity
+    guide: Tensor | None = None  # (n, g) unit rows of another model, whose similarities limits are of
 
     @property
     def count(self) -> int:
@@ -120,12 +122,12 @@ class Side:
 
     def tensors(self) -> dict[str, Tensor | None]:
         """Everything that has rows, by name."""
-        names = ("rows", "inverse", "stretch", "marks", "limit", "peak", "rest", "weight")
-        return {name: getattr(self, name) for name in names}
+        more = {name: getattr(self, name) for name in ("marks", "limit", "peak", "rest", "weight")}
+        return {**self.embeddings(), **more}
 
-    def rows_and_lengths(self) -> dict[str, Tensor | None]:
-        """The rows and what goes with them alone, by name."""
-        return {name: getattr(self, name) for name in ("rows", "inverse", "stretch")}
+    def embeddings(self) -> dict[str, Tensor | None]:
+        """The rows, their lengths and the guide's, by name."""
+        return {name: getattr(self, name) for name in ("rows", "inverse", "stretch", "guide")}
 
     def unit(self, rows: slice | Tensor) -> Tensor:
         """(k, d) of the accumulator's dtype: rows as the similarity sees them; a copy, unless they are that already."""
@@ -164,6 +166,13 @@ def row_blocks(x: Tensor) -> Iterator[slice]:
 def rows_a_block(width: int) -> int:
     """How many rows BLOCK_BYTES of float32 hold."""
     return max(1, BLOCK_BYTES // (4 * max(1, width)))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of length one; a row of zeros stays zero and has no gradient."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    empty = length == 0
+    return x * ((~empty) / length.masked_fill(empty, 1))
 
 
 def inverse_lengths(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ CASES = [
     *((rule, targets, torch.float32, "mean") for rule in RULES for targets in ((), ("positives", "ids", "known"))),
     ({"symmetric": True}, (), torch.bfloat16, "sum"),
     ({"similarity": "dot", "false_negative_margin": 0.0}, (), torch.float32, "mean"),
+    ({"query_negatives": True, "document_negatives": True}, ("ids", "guide"), torch.float32, "mean"),
     ({**RULES[-1], "backend": "triton"}, ("positives", "ids"), torch.float32, "mean"),
 ]
 
@@ -43,7 +44,8 @@ def _targets(ranks, names):
         positives = torch.randint(documents, (queries,), generator=generator)
         ids = torch.randint(15, (documents,), generator=generator)
         known = torch.randint(15, (queries, rank), generator=generator) if rank else None
-        given = (("positives", positives), ("ids", ids), ("known", known))
+        guide = tuple(torch.randn(count, 5, generator=generator) for count in (queries, documents))
+        given = (("positives", positives), ("ids", ids), ("known", known), ("guide", guide))
         found.append({name: x for name, x in given if name in names})
     return found
 
@@ -60,6 +62,8 @@ def _in_one_process(ranks, rule, names, dtype, reduction, compute):
     targets = {"positives": torch.cat(positives)}
     if "ids" in names:
         targets["ids"] = torch.cat([x["ids"] for x in given])
+    if "guide" in names:
+        targets["guide"] = tuple(torch.cat(x) for x in zip(*(x["guide"] for x in given), strict=True))
     if "known" in names:
         most = ranks - 1
         known = [torch.full((QUERIES[0], 0), 0) if x["known"] is None else x["known"] for x in given]

@@ -47,6 +47,11 @@ MANY_TILES = [
     Case(100, 50, 24, RULES[-1], shared=True),
     Case(100, 50, 24, {"query_negatives": True, "document_negatives": True}, shared=True, known=2),
 ]
+GUIDED = [
+    Case(20, 37, 24, guide=7),
+    Case(37, 20, 24, {"symmetric": True, "query_negatives": True, "false_negative_margin": 0.1}, shared=True, guide=7),
+    Case(40, 70, 24, {"query_negatives": True, "document_negatives": True}, same=True, guide=30, known=2),
+]
 BACKENDS = [
     pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
     for backend, dtypes in {
@@ -76,6 +81,14 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_losses_and_gradients_are_as_exact_as_pytorch(case, backend, dtype):
     for name, *results in three_ways(case, dtype, backend):
+        factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
+        assert_error_within(*results, factor=factor, name=name)
+
+
+@pytest.mark.parametrize("case", GUIDED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_a_guide(small_tiles, case, dtype):
+    for name, *results in three_ways(case, dtype, "blocked"):
         factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
         assert_error_within(*results, factor=factor, name=name)
 
@@ -212,6 +225,26 @@ def test_what_is_known_to_suit_a_query_is_none_of_its_negatives(backend, rule):
         **rule,
     )  # fmt: skip
     torch.testing.assert_close(losses, torch.stack(expected).to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_a_guide_leaves_out_what_it_finds_closer_than_the_positive(backend):
+    """GISTEmbed's rule with its absolute margin, written out."""
+    case, margin = Case(9, 15, 12, guide=5), 0.1
+    queries, documents = (torch.nn.functional.normalize(x) for x in case.inputs(torch.float64))
+    by_queries, by_documents = (torch.nn.functional.normalize(x.double()) for x in case.targets()["guide"])
+    limit = (by_queries * by_documents[:9]).sum(1, keepdim=True) - margin
+    scores = 20 * torch.cat([queries @ documents.T, queries @ queries.T], dim=1)
+    closer = torch.cat([by_queries @ by_documents.T, by_queries @ by_queries.T], dim=1) > limit
+    closer[torch.arange(9), torch.arange(9)] = False
+    closer[torch.arange(9), 15 + torch.arange(9)] = True  # the query itself
+    assert 20 < closer.sum() < 200
+    loss = contrastive_loss(
+        queries, documents, query_negatives=True, guide=case.targets()["guide"], false_negative_margin=-margin,
+        backend=backend,
+    )  # fmt: skip
+    expected = torch.nn.functional.cross_entropy(scores.masked_fill(closer, -torch.inf), torch.arange(9))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])

@@ -19,10 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflo
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one-sum", "symmetric"])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_opcheck(backend, symmetric):
-    case = Case(5, 7, 8, shared=True, same=True, known=2)
+    case = Case(5, 7, 8, shared=True, same=True, known=2, guide=3 if backend == "blocked" else 0)
     queries, documents = (x.clone().requires_grad_() for x in case.inputs(torch.float32))
     scale = torch.tensor(20.0, requires_grad=True)
-    settings = (*case.targets().values(), True, symmetric, True, not symmetric, -0.1, False, backend)
+    guide, *targets = {"guide": (None, None), **case.targets()}.values()
+    settings = (*targets, *guide, True, symmetric, True, not symmetric, -0.1, False, backend)
     torch.library.opcheck(contrastive_operator, (queries, documents, scale, *settings))
     plain = tuple(x.detach() for x in (queries, documents, scale))
     _, *saved = contrastive_operator(*plain, *settings)
