@@ -32,7 +32,7 @@ CASES = [
     Case(40, 70, 24, RULES[-1], shared=True, same=True),
     *(Case(20, 37, 24, rule, known=3) for rule in RULES),
     Case(40, 70, 24, RULES[-1], shared=True, same=True, known=5),
-    Case(6, 9, 8, RULES[-1], known=100),
+    Case(6, 9, 8, {"symmetric": True}, known=100),
     Case(1, 1, 8),
     Case(1, 1, 8, {"symmetric": True, "query_negatives": True}),
     Case(1, 9, 5, {"symmetric": True}),
