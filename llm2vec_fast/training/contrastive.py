@@ -20,7 +20,7 @@ from llm2vec_fast.kernels.contrastive import NO_ID
 from llm2vec_fast.tokenization import TextTokenizer
 from llm2vec_fast.training.arguments import ContrastiveArguments
 from llm2vec_fast.training.contrast import IDS, KNOWN, QUERIES, ContrastiveTrainer, load_embedding_model
-from llm2vec_fast.training.negatives import some_rows, tell_left_out
+from llm2vec_fast.training.negatives import some_rows, tell_share_left_out
 from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.pairs import Pairs
 from llm2vec_fast.training.run import ROWS, run
@@ -78,7 +78,7 @@ def train_contrastive(arguments: ContrastiveArguments, callbacks: Sequence[Train
             if files
         }
     if arguments.process_index == 0:
-        _tell_left_out(arguments.train_file, pairs["train"])
+        _tell_share_left_out(arguments.train_file, pairs["train"])
     stage, tokenizer = load_embedding_model(arguments)
     for some in pairs.values():
         require_rows_for(some.texts(), tokenizer, stage.tokenizer, stage.model)
@@ -94,9 +94,9 @@ def train_contrastive(arguments: ContrastiveArguments, callbacks: Sequence[Train
     return run(trainer, arguments, stage)
 
 
-def _tell_left_out(files: Sequence[str], pairs: Pairs) -> None:
+def _tell_share_left_out(files: Sequence[str], pairs: Pairs) -> None:
     first = 0
     for name, size in zip(files, pairs.sizes, strict=True):
         rows = [pairs[row] for row in some_rows(size, first)]
-        tell_left_out(name, [row["ids"][0] for row in rows], [row["known"] for row in rows])
+        tell_share_left_out(name, [row["ids"][0] for row in rows], [row["known"] for row in rows])
         first += size

@@ -32,7 +32,7 @@ def share_left_out(ids: Sequence[int], known: Sequence[Sequence[int]] | None = N
     return sum(left) / max(1, rows * (rows - 1))
 
 
-def tell_left_out(name: str, ids: Sequence[int], known: Sequence[Sequence[int]] | None = None) -> None:
+def tell_share_left_out(name: str, ids: Sequence[int], known: Sequence[Sequence[int]] | None = None) -> None:
     """Say of a data set which share of its in-batch pairs are no negatives, where it is worth it."""
     share = share_left_out(ids, known)
     if share >= _WORTH_TELLING:

@@ -18,7 +18,7 @@ from llm2vec_fast.data.pairs import identity
 from llm2vec_fast.tokenization import TextTokenizer
 from llm2vec_fast.training.arguments import SimcseArguments
 from llm2vec_fast.training.contrast import IDS, QUERIES, ContrastiveTrainer, load_embedding_model
-from llm2vec_fast.training.negatives import some_rows, tell_left_out
+from llm2vec_fast.training.negatives import some_rows, tell_share_left_out
 from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.run import ROWS, run
 from llm2vec_fast.training.sampling import present
@@ -60,7 +60,7 @@ def train_simcse(arguments: SimcseArguments, callbacks: Sequence[TrainerCallback
         }
     if arguments.process_index == 0:
         rows = some_rows(len(texts["train"]))
-        tell_left_out(", ".join(arguments.train_file), [identity(texts["train"][row]["text"]) for row in rows])
+        tell_share_left_out(", ".join(arguments.train_file), [identity(texts["train"][row]["text"]) for row in rows])
     stage, tokenizer = load_embedding_model(arguments)
     for some in texts.values():
         require_rows_for(some.texts(), tokenizer, stage.tokenizer, stage.model)
