@@ -338,6 +338,7 @@ def test_every_writers_error_is_told(tmp_path: Path, save: Callable[[Path], None
             "its instruction fills all of max_length=24 tokens and none of its text is left",
         ),
         ({"query": "a", "positive": "b"}, {}, "a batch takes 8 rows and the largest training file has 1"),
+        ({"query": "a"}, {"symmetric": True, "document_negatives": True}, "symmetric and document_negatives are both"),
     ],
 )
 def test_unusable_data_is_refused_in_one_sentence(
