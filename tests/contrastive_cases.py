@@ -22,12 +22,16 @@ class Case:
     width: int
     settings: dict[str, Any] = field(default_factory=dict)
     shared: bool = False  # positives= in no order, some documents with several queries
-    same: bool = False  # ids=, with documents that are the same thing
+    same: bool = False  # ids=, with documents of one id
+    guide: int = 0  # guide=, of so many columns
+    known: int = 0  # known=, at most so many further ids a query
     scale: float = 20.0
 
     def __str__(self) -> str:
         settings = "".join(f"-{name}={value}" for name, value in self.settings.items())
         flags = ("-shared" if self.shared else "") + ("-same" if self.same else "")
+        flags += f"-guide{self.guide}" if self.guide else ""
+        flags += f"-known{self.known}" if self.known else ""
         scale = "" if self.scale == 20.0 else f"-scale={self.scale:g}"
         return f"N{self.rows}-M{self.documents}-D{self.width}{settings}{flags}{scale}"
 
@@ -41,14 +45,24 @@ class Case:
             queries, documents = queries / self.width**0.5, documents / self.width**0.5
         return queries.to(dtype)[:, : self.width], documents.to(dtype)[:, : self.width]
 
-    def targets(self) -> dict[str, Tensor]:
-        """positives and ids, as the case has them."""
+    def targets(self) -> dict[str, Any]:
+        """positives, ids, known and guide, as the case has them; columns of wider tensors."""
         generator = torch.Generator().manual_seed(self.rows + self.documents)
         found = {}
         if self.shared:
-            found["positives"] = torch.randint(self.documents, (self.rows,), generator=generator)
+            found["positives"] = torch.randint(self.documents, (self.rows, 2), generator=generator)[:, 0]
         if self.same:
-            found["ids"] = torch.randint(max(1, self.documents // 2), (self.documents,), generator=generator) * 2**33
+            most = max(1, self.documents // 2)
+            found["ids"] = torch.randint(most, (self.documents, 2), generator=generator)[:, 0] * 2**33
+        if self.known:
+            found.setdefault("ids", torch.arange(self.documents) * 2**33)
+            some = torch.randint(self.documents, (self.rows, self.known), generator=generator)
+            filled = torch.rand(some.shape, generator=generator) < 0.3
+            found["known"] = found["ids"][some].masked_fill(filled, -1)
+        if self.guide:
+            found["guide"] = tuple(
+                torch.randn(count, self.guide, generator=generator) for count in (self.rows, self.documents)
+            )
         return found
 
 

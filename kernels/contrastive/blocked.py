@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..products import multiplies_bfloat16, product
-from .rule import LogSum, Side, blocks, inverse_lengths, row_blocks
+from .rule import LogSum, Side, blocks, inverse_lengths, row_blocks, same
 
 # A tile stays in the level-2 caches of two cores while it passes through the softmax.
 TILE_BYTES = 2 * 2**20
@@ -43,12 +43,13 @@ def negative_sums(x: Side, y: Side, scale: Tensor, columns: bool, bounded: bool)
         for block in blocks(y.count, tile_columns(x.accumulator)):
             other = y.part(block)
             z = _logits(b_x, _operand(other, x), scale)
+            compared = _compared(z, part, other, scale)
             _fill_same(part, other, z, float("-inf"))
             if column_sums is not None:
-                kept = _below(z, other.limit, scale, 0)
+                kept = _below(z, compared, other.limit, scale, 0)
                 so_far = LogSum(*(x[block] for x in column_sums)).plus(_log_sum(kept, 0, kept is not z, bounded))
                 column_sums.peak[block], column_sums.rest[block] = so_far
-            row_sums = row_sums.plus(_log_sum(_below(z, part.limit, scale, 1), 1, True, bounded))
+            row_sums = row_sums.plus(_log_sum(_below(z, compared, part.limit, scale, 1), 1, True, bounded))
         sums.append(row_sums)
     return LogSum(*(torch.cat(parts) for parts in zip(*sums, strict=True))), column_sums
 
@@ -71,9 +72,10 @@ def add_gradients(
         part = y.part(block)
         b_y = _operand(part, x)
         z = _logits(b_x, b_y, scale)
-        h = _weights(z, x, scale, 1, part.weight is None)
+        compared = _compared(z, x, part, scale)
+        h = _weights(z, compared, x, scale, 1, part.weight is None)
         if part.weight is not None:
-            h += _weights(z, part, scale, 0, True)
+            h += _weights(z, compared, part, scale, 0, True)
         _fill_same(x, part, h, 0.0)
         if positives is not None:
             columns, gradient = positives
@@ -104,17 +106,22 @@ def _logits(b_x: Tensor, b_y: Tensor, scale: Tensor) -> Tensor:
     return product(b_x, b_y.T).to(scale.dtype).mul_(scale)
 
 
-def _weights(z: Tensor, side: Side, scale: Tensor, dim: int, last: bool) -> Tensor:
+def _compared(z: Tensor, x: Side, y: Side, scale: Tensor) -> Tensor:
+    """What limits, times the scale, are compared with: z itself, or that of the guide."""
+    return z if x.guide is None else _logits(x.guide, y.guide, scale)
+
+
+def _weights(z: Tensor, compared: Tensor, side: Side, scale: Tensor, dim: int, last: bool) -> Tensor:
     """weight · e^(z − lse), 0 above the limit, for the softmax along ``dim``; in z's memory if this is its last use."""
-    above = None if side.limit is None else z > (side.limit * scale).unsqueeze(dim)
+    above = None if side.limit is None else compared > (side.limit * scale).unsqueeze(dim)
     peak, rest, weight = (x.unsqueeze(dim) for x in (side.peak, side.rest, side.weight))
     h = (z.sub_(peak) if last else z - peak).sub_(rest).exp_().mul_(weight)
     return h if above is None else h.masked_fill_(above, 0)
 
 
-def _below(z: Tensor, limit: Tensor | None, scale: Tensor, dim: int) -> Tensor:
+def _below(z: Tensor, compared: Tensor, limit: Tensor | None, scale: Tensor, dim: int) -> Tensor:
     """z, −inf above the limits of its rows (dim=1) or columns (dim=0)."""
-    return z if limit is None else z.masked_fill(z > (limit * scale).unsqueeze(dim), float("-inf"))
+    return z if limit is None else z.masked_fill(compared > (limit * scale).unsqueeze(dim), float("-inf"))
 
 
 def _log_sum(z: Tensor, dim: int, last: bool, bounded: bool) -> LogSum:
@@ -128,8 +135,8 @@ def _log_sum(z: Tensor, dim: int, last: bool, bounded: bool) -> LogSum:
 
 
 def _fill_same(x: Side, y: Side, tile: Tensor, value: float) -> None:
-    """Write ``value`` wherever row and column have the same mark."""
+    """Write ``value`` wherever row and column have a mark in common."""
     if x.first is None or y.first is None:
-        tile.masked_fill_(x.marks[:, None] == y.marks, value)
+        tile.masked_fill_(same(x.marks, y.marks), value)
     elif -x.count < x.first - y.first < y.count:
         tile.diagonal(x.first - y.first).fill_(value)

@@ -11,23 +11,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .passes import (
     Problem,
     Saved,
+    add_at,
     alignment,
     finish,
     largest,
     losses_of,
     own_similarity,
     problem_of,
+    saved_of,
     weighted,
     with_limits,
     zeros_for,
 )
 from .ranks import Ranks, ranks_of
-from .rule import LogSum, Rule, Side, blocks
+from .rule import NO_ID, LogSum, Rule, Side, blocks
 
 
 def group_loss(
@@ -36,6 +39,8 @@ def group_loss(
     scale: Tensor,
     positives: Tensor | None,
     ids: Tensor | None,
+    known: Tensor | None,
+    guide: tuple[Tensor, Tensor] | None,
     rule: Rule,
     choice: str,
     group: dist.ProcessGroup,
@@ -46,9 +51,14 @@ def group_loss(
     Raises:
         ValueError: rows of different width or dtype on different ranks.
     """
-    ranks = ranks_of(group, queries, documents, ids is not None)
+    ranks = ranks_of(group, queries, documents, ids, known, guide)
+    if ids is not None:  # what travels has the same shape and dtype everywhere
+        known = documents.new_empty((queries.shape[0], 0)) if known is None else known
+        ids, known = ids.long(), F.pad(known.long(), (0, ranks.known - known.shape[1]), value=NO_ID)
     rule = replace(rule, bounded=False)  # ranks may differ in how they pass the scale
-    losses = _GroupLoss.apply(queries, documents, scale, positives, ids, rule, choice, ranks)
+    losses = _GroupLoss.apply(
+        queries, documents, scale, positives, ids, known, *(guide or (None, None)), rule, choice, ranks
+    )
     if reduction == "none":
         return losses
     local = losses.sum()
@@ -67,14 +77,18 @@ class _GroupLoss(torch.autograd.Function):
         scale: Tensor,
         positives: Tensor | None,
         ids: Tensor | None,
+        known: Tensor | None,
+        guide_queries: Tensor | None,
+        guide_documents: Tensor | None,
         rule: Rule,
         backend: str,
         ranks: Ranks,
     ) -> Tensor:
         with torch.autocast(queries.device.type, enabled=False):
-            problem = _numbered(queries, documents, scale, positives, ids, rule, backend, ranks)
+            inputs = (queries, documents, scale, positives, ids, known, guide_queries, guide_documents)
+            problem = _numbered(*inputs, rule, backend, ranks)
             saved = _forward(problem, ranks)
-        ctx.save_for_backward(*saved, queries, documents, scale, positives, ids)
+        ctx.save_for_backward(*saved, *inputs)
         ctx.settings = (rule, backend, ranks)
         return losses_of(problem, saved)
 
@@ -85,7 +99,7 @@ class _GroupLoss(torch.autograd.Function):
         problem = _numbered(*inputs, *ctx.settings)
         gradients = _backward(problem, Saved(own, sums, column_sums), grad, ctx.settings[2], inputs[0].dtype)
         wanted = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        return *(x if need else None for x, need in wanted), None, None, None, None, None
+        return *(x if need else None for x, need in wanted), *(None,) * 8
 
 
 def _numbered(
@@ -94,13 +108,17 @@ def _numbered(
     scale: Tensor,
     positives: Tensor | None,
     ids: Tensor | None,
+    known: Tensor | None,
+    guide_queries: Tensor | None,
+    guide_documents: Tensor | None,
     rule: Rule,
     backend: str,
     ranks: Ranks,
 ) -> Problem:
     """The problem of this rank, whose documents are numbered across ranks."""
     first = sum(ranks.document_counts[: ranks.rank])
-    return problem_of(queries, documents, scale, positives, ids, rule, backend, first)
+    guide = None if guide_queries is None else (guide_queries, guide_documents)
+    return problem_of(queries, documents, scale, positives, ids, known, guide, rule, backend, first)
 
 
 def _forward(problem: Problem, ranks: Ranks) -> Saved:
@@ -113,16 +131,16 @@ def _forward(problem: Problem, ranks: Ranks) -> Saved:
     column_sums = torch.stack(LogSum.empty(own, ranks.first_visit(counts)[0]), dim=1)
     for owner, side in ranks.visits(problem.documents, counts):
         if side.count:
-            more, columns = room.negative_sums(queries, side, problem.scale, rule.symmetric, rule.bounded)
+            more, columns = room.negative_sums(queries, side, problem.scale, rule.columns, rule.bounded)
             sums = sums.plus(more)
             if columns is not None:
                 column_sums = torch.stack(LogSum(*column_sums.T).plus(columns), dim=1)
-        if rule.symmetric:
+        if rule.columns:
             column_sums = ranks.hand_on(column_sums, counts, owner, _joined)
-    if rule.query_negatives:
-        for _, side in ranks.visits(queries, ranks.query_counts):
-            sums = sums.plus(room.negative_sums(queries, side, problem.scale, False, rule.bounded)[0])
-    return Saved(own, torch.stack(sums), column_sums.T)
+    for own_side in problem.alike():
+        for _, side in ranks.visits(own_side, ranks.query_counts):
+            sums = sums.plus(room.negative_sums(own_side, side, problem.scale, False, rule.bounded)[0])
+    return saved_of(problem, own, sums, column_sums.T)
 
 
 def _joined(parts: Tensor) -> Tensor:
@@ -149,7 +167,15 @@ def _backward(
     if problem.rule.query_negatives:
         for _, side in ranks.visits(queries, ranks.query_counts):
             _add(problem, side, None, into, None)
-    slope = (slope + alignment(queries, into)) / 2 * peak
+    slope = slope + alignment(queries, into)
+    if problem.rule.document_negatives:
+        own_side = problem.alike()[-1]
+        into_own = zeros_for(own_side)
+        for _, side in ranks.visits(own_side, ranks.query_counts):
+            _add(replace(problem, queries=own_side), side, None, into_own, None)
+        slope = slope + alignment(own_side, into_own)
+        add_at(into_documents, problem.positives, into_own)
+    slope = slope / 2 * peak
     factor = problem.scale * peak
     return finish(queries, into, factor, None, dtype), finish(documents, into_documents, factor, None, dtype), slope
 

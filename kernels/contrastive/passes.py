@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import LogSum, Rule, Side, blocks, row_blocks, softplus
+from .rule import LN_2, LogSum, Rule, Side, blocks, marks_of, row_blocks, softplus, unit_rows
 
 
 def room_of(backend: str) -> ModuleType:
@@ -31,6 +31,14 @@ class Problem:
     scale: Tensor  # () of the accumulator's dtype
     rule: Rule
     room: ModuleType
+
+    def alike(self) -> list[Side]:
+        """The sides whose rows are negatives of each other: the queries, and the document of each, as the rule says."""
+        found = [self.queries] if self.rule.query_negatives else []
+        if self.rule.document_negatives:
+            own = {name: x[self.positives] for name, x in self.documents.embeddings().items() if x is not None}
+            found.append(replace(self.queries, **own))
+        return found
 
 
 class Saved(NamedTuple):
@@ -55,24 +63,24 @@ def problem_of(
     scale: Tensor,
     positives: Tensor | None,
     ids: Tensor | None,
+    known: Tensor | None,
+    guide: tuple[Tensor, Tensor] | None,
     rule: Rule,
     backend: str,
     first: int = 0,
 ) -> Problem:
-    """Documents are numbered from ``first``: the numbers are their marks where there are no ids."""
+    """Documents are numbered from ``first``."""
     room, compared = room_of(backend), rule.margin is not None
-    count, device = documents.shape[0], documents.device
     counted = first if ids is None else None
-    marks = torch.arange(first, first + count, device=device, dtype=torch.int32) if ids is None else ids
-    in_order = torch.arange(queries.shape[0], device=device) if positives is None else positives
-    return Problem(
-        Side(*room.prepared(queries, rule.cosine, compared), marks[in_order], counted if positives is None else None),
+    in_order = torch.arange(queries.shape[0], device=queries.device) if positives is None else positives
+    marks, query_marks = marks_of(documents, in_order, ids, known, first)
+    sides = (
+        Side(*room.prepared(queries, rule.cosine, compared), query_marks, counted if positives is None else None),
         Side(*room.prepared(documents, rule.cosine, compared), marks, counted),
-        in_order,
-        scale,
-        rule,
-        room,
     )
+    if guide is not None:
+        sides = (replace(side, guide=unit_rows(x.to(scale.dtype))) for side, x in zip(sides, guide, strict=True))
+    return Problem(*sides, in_order, scale, rule, room)
 
 
 def own_similarity(problem: Problem) -> Tensor:
@@ -88,9 +96,11 @@ def with_limits(problem: Problem, own: Tensor) -> Problem:
     """The problem with the highest similarity that a negative of each query and of each document may have."""
     if problem.rule.margin is None:
         return problem
+    documents, by = problem.documents, problem.queries.guide
+    if by is not None:
+        own = (by * documents.guide[problem.positives]).sum(1)
     limit = own + problem.rule.margin
-    documents = problem.documents
-    if problem.rule.symmetric:
+    if problem.rule.columns:
         column_limit = limit.new_full((documents.count,), float("-inf"))
         documents = replace(documents, limit=column_limit.scatter_reduce(0, problem.positives, limit, "amax"))
     return replace(problem, queries=replace(problem.queries, limit=limit), documents=documents)
@@ -99,6 +109,8 @@ def with_limits(problem: Problem, own: Tensor) -> Problem:
 def losses_of(problem: Problem, saved: Saved) -> Tensor:
     """(N,) losses: log(1 + e^x) rather than a difference of logarithms, which a small loss would not survive."""
     z = saved.own * problem.scale
+    if problem.rule.document_negatives:
+        return softplus(LogSum(*saved.sums).above(z + LN_2)) + LN_2
     losses = softplus(LogSum(*saved.sums).above(z))
     if not problem.rule.symmetric:
         return losses
@@ -110,11 +122,18 @@ def forward(problem: Problem) -> tuple[Tensor, Saved]:
     own = own_similarity(problem)
     problem = with_limits(problem, own)
     rule, queries, room = problem.rule, problem.queries, problem.room
-    sums, column_sums = room.negative_sums(queries, problem.documents, problem.scale, rule.symmetric, rule.bounded)
-    if rule.query_negatives:
-        sums = sums.plus(room.negative_sums(queries, queries, problem.scale, False, rule.bounded)[0])
-    saved = Saved(own, torch.stack(sums), own.new_empty((2, 0)) if column_sums is None else torch.stack(column_sums))
+    sums, column_sums = room.negative_sums(queries, problem.documents, problem.scale, rule.columns, rule.bounded)
+    for side in problem.alike():
+        sums = sums.plus(room.negative_sums(side, side, problem.scale, False, rule.bounded)[0])
+    saved = saved_of(problem, own, sums, None if column_sums is None else torch.stack(column_sums))
     return losses_of(problem, saved), saved
+
+
+def saved_of(problem: Problem, own: Tensor, sums: LogSum, column_sums: Tensor | None) -> Saved:
+    """What is kept of the sums over the negatives of queries (n,) and documents (2, m)."""
+    if problem.rule.document_negatives:
+        sums, column_sums = sums.plus(LogSum(*column_sums[:, problem.positives])), None
+    return Saved(own, torch.stack(sums), own.new_empty((2, 0)) if column_sums is None else column_sums)
 
 
 @dataclass(frozen=True)
@@ -136,21 +155,24 @@ def weighted(problem: Problem, saved: Saved, grad: Tensor, peak: Tensor | None =
     weight = grad / peak * (0.5 if problem.rule.symmetric else 1.0)
     z = saved.own * problem.scale
     own, sums = LogSum(z, torch.zeros_like(z)), LogSum(*saved.sums)
+    if problem.rule.document_negatives:  # it counts twice
+        own = own._replace(rest=own.rest + LN_2)
     whole = sums.plus(own)
     queries = replace(problem.queries, peak=whole.peak, rest=whole.rest, weight=weight)
-    positive = -weight * torch.sigmoid(sums.above(z))
+    positive = -weight * torch.sigmoid(sums.above(own.peak + own.rest))
     documents = problem.documents
     if problem.rule.symmetric:
         column_sums = LogSum(*saved.column_sums[:, problem.positives])
         positive = positive - weight * torch.sigmoid(column_sums.above(z))
         whole = column_sums.plus(own)
+    if problem.rule.columns:
         # Several queries may share a document: their softmaxes differ by a factor only, so they add up to one.
         empty = z.new_full((documents.count,), torch.finfo(z.dtype).max / 2)
         peaks = empty.scatter_reduce(0, problem.positives, whole.peak, "amin")
         above = whole.peak - peaks[problem.positives] + whole.rest
         rests = empty.scatter_reduce(0, problem.positives, above, "amin")
         shares = weight * (rests[problem.positives] - above).exp()
-        column_weight = _add_at(documents.count, problem.positives, shares)
+        column_weight = add_at(z.new_zeros(documents.count), problem.positives, shares)
         documents = replace(documents, peak=peaks, rest=rests, weight=column_weight)
     return Weighted(replace(problem, queries=queries, documents=documents), positive, peak)
 
@@ -169,6 +191,7 @@ def backward(problem: Problem, saved: Saved, grad: Tensor, like: Gradients) -> G
     out = None if like.queries is None else torch.empty_like(like.queries)
     into_documents = None if like.documents is None else zeros_for(documents)
     slope = scale.new_zeros(())
+    alike = problem.alike()
     for panel in blocks(queries.count, room.PANEL_ROWS):
         part = queries.part(panel)
         into = None if out is None and like.scale is None else zeros_for(part)
@@ -183,6 +206,13 @@ def backward(problem: Problem, saved: Saved, grad: Tensor, like: Gradients) -> G
         slope += alignment(part, into) if like.scale is not None else 0
         if out is not None:
             finish(part, into, scale * made.peak, out[panel])
+    if problem.rule.document_negatives and (into_documents is not None or like.scale is not None):
+        into = zeros_for(alike[-1])
+        for panel in blocks(queries.count, room.PANEL_ROWS):
+            room.add_gradients(alike[-1].part(panel), alike[-1], scale, None, into[panel], None)
+        slope += alignment(alike[-1], into) if like.scale is not None else 0
+        if into_documents is not None:
+            add_at(into_documents, problem.positives, into)
     if into_documents is not None:
         into_documents = finish(documents, into_documents, scale * made.peak, None, like.documents.dtype)
     return Gradients(out, into_documents, None if like.scale is None else slope / 2 * made.peak)
@@ -221,8 +251,7 @@ def finish(
     return out
 
 
-def _add_at(count: int, index: Tensor, values: Tensor) -> Tensor:
-    """(count,) sums of the values of each index, added in an order that is always the same."""
-    out = values.new_zeros(count)
+def add_at(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """``out`` (m, …) with the values (n, …) of each index (n,) added, in an order that is always the same."""
     # On a GPU index_add_ adds as it comes, index_put_ sorts; on a CPU it is the other way round.
     return out.index_add_(0, index, values) if out.device.type == "cpu" else out.index_put_((index,), values, True)

@@ -31,6 +31,7 @@ class Ranks(ABC):
     group: dist.ProcessGroup
     query_counts: list[int]
     document_counts: list[int]
+    known: int = 0  # ids known to suit a query, on the rank with the most
 
     @property
     def size(self) -> int:
@@ -155,21 +156,31 @@ class Gathering(Ranks):
         return [rank for rank in range(self.size) if rank != self.rank]
 
 
-def ranks_of(group: dist.ProcessGroup, queries: Tensor, documents: Tensor, has_ids: bool) -> Ranks:
+def ranks_of(
+    group: dist.ProcessGroup,
+    queries: Tensor,
+    documents: Tensor,
+    ids: Tensor | None = None,
+    known: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
+) -> Ranks:
     """Who holds how many rows, and how they are to meet.
 
     Raises:
-        ValueError: rows of different width or dtype on different ranks, or ids on some only.
+        ValueError: rows of different width or dtype on different ranks, guides of different width, or either or ids on
+            some only.
     """
-    here = (queries.shape[0], documents.shape[0], queries.shape[1], queries.dtype, has_ids)
+    counts = (queries.shape[0], documents.shape[0], 0 if known is None else known.shape[1])
+    here = (*counts, queries.shape[1], queries.dtype, ids is not None, guide and guide[0].shape[1])
     everywhere: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, here, group=group)
-    if len({found[2:] for found in everywhere}) > 1:
+    if len({found[3:] for found in everywhere}) > 1:
         raise ValueError(
-            f"ranks hold rows of width, dtype and with ids {[found[2:] for found in everywhere]}: they must agree"
+            "ranks hold rows of width, dtype, with ids, and a guide of width "
+            f"{[found[3:] for found in everywhere]}: they must agree"
         )
-    query_counts, document_counts = ([found[i] for found in everywhere] for i in (0, 1))
+    query_counts, document_counts, known_counts = ([found[i] for found in everywhere] for i in range(3))
     accumulator = torch.promote_types(queries.dtype, torch.float32)
     rows = len(everywhere) * max(*query_counts, *document_counts)  # as many as any rank may be sent sums of
     needed = rows * queries.shape[1] * (queries.dtype.itemsize + 2 * accumulator.itemsize)
-    return (Gathering if needed <= GATHERED_BYTES else Ring)(group, query_counts, document_counts)
+    return (Gathering if needed <= GATHERED_BYTES else Ring)(group, query_counts, document_counts, max(known_counts))

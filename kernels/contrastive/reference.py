@@ -9,52 +9,64 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .rule import Rule
+from .rule import Rule, marks_of, same, unit_rows
 
 
 def contrastive_reference(
-    queries: Tensor, documents: Tensor, scale: Tensor, positives: Tensor | None, ids: Tensor | None, rule: Rule
+    queries: Tensor,
+    documents: Tensor,
+    scale: Tensor,
+    positives: Tensor | None,
+    ids: Tensor | None,
+    known: Tensor | None,
+    guide: tuple[Tensor, Tensor] | None,
+    rule: Rule,
 ) -> Tensor:
     """(N, d), (M, d) → (N,) losses, from the whole matrix of similarities at once."""
     rows = torch.arange(queries.shape[0], device=queries.device)
     plain = positives is None and ids is None
     positives = rows if positives is None else positives
-    marks = torch.arange(documents.shape[0], device=queries.device) if ids is None else ids
+    marks, query_marks = marks_of(documents, positives, ids, known)
     if rule.cosine:
         queries, documents = unit_rows(queries), unit_rows(documents)
     similarity = _wide(queries @ documents.T)
-    own = similarity[rows, positives].detach()
+    # What a limit compares: the guide's rows, or the rows themselves.
+    guides = (queries, documents) if guide is None else tuple(unit_rows(x.to(scale.dtype)) for x in guide)
+    compared = similarity.detach() if guide is None else _wide(guides[0] @ guides[1].T)
+    own = compared[rows, positives]
     limit = None if rule.margin is None else own + rule.margin
     scores = similarity * scale  # before anything is masked: 0 · −inf in the gradient of the scale would be NaN
     if not plain or limit is not None:
-        hidden = _hidden(marks[positives], marks, similarity, limit)
+        hidden = _hidden(query_marks, marks, compared, limit)
         scores = scores.masked_fill(hidden.index_put((rows, positives), hidden.new_zeros(())), float("-inf"))
     if rule.query_negatives:
-        between = _wide(queries @ queries.T)
-        hidden = _hidden(marks[positives], marks[positives], between, limit)
-        scores = torch.cat([scores, (between * scale).masked_fill(hidden, float("-inf"))], dim=1)
-    losses = F.cross_entropy(scores, positives, reduction="none")
-    if not rule.symmetric:
-        return losses
+        scores = torch.cat([scores, _between(queries, guides[0], query_marks, limit, scale)], dim=1)
+    if not rule.columns:
+        return F.cross_entropy(scores, positives, reduction="none")
     anchors = similarity[:, positives].T
+    column_limit = None
     if limit is not None:  # a document with several queries goes by the one most similar to it
-        limit = own.new_full(marks.shape, float("-inf")).scatter_reduce(0, positives, limit, "amax")[positives]
-    hidden = _hidden(marks[positives], marks[positives], anchors, limit)
+        lowest = own.new_full(marks.shape[:1], float("-inf"))
+        column_limit = lowest.scatter_reduce(0, positives, limit, "amax")[positives]
+    hidden = _hidden(marks[positives], query_marks, compared[:, positives].T, column_limit)
     hidden.fill_diagonal_(False)
-    backwards = F.cross_entropy((anchors * scale).masked_fill(hidden, float("-inf")), rows, reduction="none")
-    return (losses + backwards) / 2
+    backwards = (anchors * scale).masked_fill(hidden, float("-inf"))
+    if rule.document_negatives:
+        more = _between(documents[positives], guides[1][positives], query_marks, limit, scale)
+        return F.cross_entropy(torch.cat([scores, backwards, more], dim=1), positives, reduction="none")
+    losses, others = (F.cross_entropy(x, y, reduction="none") for x, y in ((scores, positives), (backwards, rows)))
+    return (losses + others) / 2
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """Rows of length one; a row of zeros stays zero and has no gradient."""
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    empty = length == 0
-    return x * ((~empty) / length.masked_fill(empty, 1))
+def _between(x: Tensor, guide: Tensor, marks: Tensor, limit: Tensor | None, scale: Tensor) -> Tensor:
+    """(n, n) scores of unit rows (n, d) among themselves, −inf where these are no negatives."""
+    compared = _wide(guide @ guide.T)
+    return (_wide(x @ x.T) * scale).masked_fill(_hidden(marks, marks, compared, limit), float("-inf"))
 
 
 def _hidden(row_marks: Tensor, column_marks: Tensor, similarity: Tensor, limit: Tensor | None) -> Tensor:
     """(rows, columns) bool: entries that are no negatives."""
-    hidden = row_marks[:, None] == column_marks
+    hidden = same(row_marks, column_marks)
     return hidden if limit is None else hidden | (similarity > limit[:, None])
 
 

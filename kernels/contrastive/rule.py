@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,6 +16,8 @@ from ..products import blocks
 
 # Rows are normalised, and gradients finished, this many bytes of float32 at a time: they stay in cache.
 BLOCK_BYTES = 2**20
+LN_2 = math.log(2)
+NO_ID = -1  # what ``known`` is filled up with
 # Rows of a length between these have squares that float32 can add up.
 PLAIN_LENGTHS = (1e-15, 1e15)
 
@@ -22,24 +26,33 @@ PLAIN_LENGTHS = (1e-15, 1e15)
 class Rule:
     """Which similarity, which directions, and what is no negative.
 
-    With z = scale · similarity, p(i) the positive of row i, and marks that say which rows are the same thing:
+    With z = scale · similarity, p(i) the positive of row i, and one mark or more on every row:
 
         loss(i) = log(1 + e^(R(i) − z(i, p(i)))),  R(i) = log Σ e^z over the negatives of row i
 
-    A negative of row i is a document (or query, with query_negatives) of another mark whose similarity is at most that
-    of the positive plus the margin. In the other direction (symmetric), the negatives of document p(i) are queries.
+    A negative of row i is a document (or query, with query_negatives) that has no mark in common with it and whose
+    similarity (by the guide, if there is one) is at most that of the positive plus the margin. In the other direction
+    (symmetric), the negatives of document p(i) are queries. With document_negatives these, and the other rows'
+    documents as compared with p(i), are negatives of row i too, and the positive counts once in either direction:
+    log(2 + e^(R(i) − z(i, p(i)))).
     """
 
     cosine: bool
     symmetric: bool
     query_negatives: bool
+    document_negatives: bool
     margin: float | None
     bounded: bool = False  # |scale| ≤ BOUNDED_SCALE and |similarity| ≤ 1: e^z fits float32 without a running maximum
 
     @property
     def plain(self) -> bool:
         """One direction, and every other document is a negative, but those of the same mark."""
-        return not self.symmetric and not self.query_negatives and self.margin is None
+        return not self.columns and not self.query_negatives and self.margin is None
+
+    @property
+    def columns(self) -> bool:
+        """Whether documents look for queries, too."""
+        return self.symmetric or self.document_negatives
 
 
 # e^60 · 2²⁰ columns and e^−60 both lie well within float32.
@@ -78,17 +91,18 @@ class LogSum(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """Rows on one side of the matrix, and what they bring to its entries. Every tensor has one element a row."""
+    """Rows on one side of the matrix, and what they bring to its entries. Tensors are (n,) unless told."""
 
     rows: Tensor  # (n, d)
     inverse: Tensor | None  # 1 / length of a row as the user gave it; None: rows are used as they are
     stretch: Tensor | None  # what a row as it lies here is multiplied by to have length one; None: nothing
-    marks: Tensor  # an entry whose row and column have the same mark is no negative
-    first: int | None = None  # the marks count up from here; None: anything
-    limit: Tensor | None = None  # the highest similarity of a negative
+    marks: Tensor  # (n, k): an entry whose row and column have a mark in common is no negative
+    first: int | None = None  # k is 1 and the marks count up from here; None: anything
+    limit: Tensor | None = None  # the highest similarity of a negative, by the guide if there is one
     peak: Tensor | None = None  # the logarithm of the softmax denominator is peak + rest
     rest: Tensor | None = None
     weight: Tensor | None = None  # what a softmax weight is multiplied by in the gradient of the similarity
+    guide: Tensor | None = None  # (n, g) unit rows of another model, whose similarities limits are of
 
     @property
     def count(self) -> int:
@@ -107,14 +121,41 @@ class Side:
         return replace(self, first=first, **sliced)
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """Everything that has an element a row, by name."""
-        names = ("rows", "inverse", "stretch", "marks", "limit", "peak", "rest", "weight")
-        return {name: getattr(self, name) for name in names}
+        """Everything that has rows, by name."""
+        more = {name: getattr(self, name) for name in ("marks", "limit", "peak", "rest", "weight")}
+        return {**self.embeddings(), **more}
+
+    def embeddings(self) -> dict[str, Tensor | None]:
+        """The rows, their lengths and the guide's, by name."""
+        return {name: getattr(self, name) for name in ("rows", "inverse", "stretch", "guide")}
 
     def unit(self, rows: slice | Tensor) -> Tensor:
         """(k, d) of the accumulator's dtype: rows as the similarity sees them; a copy, unless they are that already."""
         x = self.rows[rows].to(self.accumulator)
         return x if self.stretch is None else x * self.stretch[rows][:, None]
+
+
+def marks_of(
+    documents: Tensor, positives: Tensor, ids: Tensor | None, known: Tensor | None, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Marks of the documents (M, 1), and of the queries (N, 1 + K): its own document's, and what is known to suit it.
+
+    Documents are numbered from ``first``: the numbers are their marks where there are no ids.
+    """
+    count, device = documents.shape[0], documents.device
+    marks = torch.arange(first, first + count, device=device, dtype=torch.int32) if ids is None else ids.contiguous()
+    marks = marks[:, None]
+    own = marks[positives]
+    return marks, own if known is None else torch.cat([own, torch.where(known == NO_ID, own, known)], dim=1)
+
+
+def same(x: Tensor, y: Tensor) -> Tensor:
+    """(n, m) bool: which rows of x (n, k) and of y (m, l) have a number in common."""
+    first, *others = itertools.product(x.unbind(1), y.unbind(1))
+    found = first[0][:, None] == first[1]
+    for a, b in others:
+        found |= a[:, None] == b
+    return found
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
@@ -125,6 +166,13 @@ def row_blocks(x: Tensor) -> Iterator[slice]:
 def rows_a_block(width: int) -> int:
     """How many rows BLOCK_BYTES of float32 hold."""
     return max(1, BLOCK_BYTES // (4 * max(1, width)))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of length one; a row of zeros stays zero and has no gradient."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    empty = length == 0
+    return x * ((~empty) / length.masked_fill(empty, 1))
 
 
 def inverse_lengths(x: Tensor) -> Tensor:

@@ -55,11 +55,24 @@ def _stretched(b_s, p_stretch_x, p_stretch_y, o_x, o_y, rows_x, rows_y, HAS_STRE
     return b_s
 
 
-@triton.jit(do_not_specialize=["rows_x", "rows_y"])
+@triton.jit
+def _filled(b_tile, value, p_mark_x, p_mark_y, marks_x, marks_y, o_x, o_y, m_x, m_y):
+    """The tile with ``value`` where row and column have a mark in common, of so many each."""
+    p_mark_x += o_x.to(tl.int64) * marks_x
+    p_mark_y += o_y.to(tl.int64) * marks_y
+    for i in range(0, marks_x):
+        b_mark_x = tl.load(p_mark_x + i, mask=m_x, other=0)[:, None]
+        for j in range(0, marks_y):
+            b_tile = tl.where(b_mark_x == tl.load(p_mark_y + j, mask=m_y, other=0)[None, :], value, b_tile)
+    return b_tile
+
+
+@triton.jit(do_not_specialize=["marks_x", "marks_y", "rows_x", "rows_y"])
 def _sums_kernel(p_x, p_y, p_stretch_x, p_stretch_y, p_mark_x, p_mark_y, p_limit, p_scale, p_peak, p_rest,
-                 stride_x, stride_y, rows_x, rows_y, HAS_STRETCH: tl.constexpr, HAS_LIMIT: tl.constexpr,
-                 BOUNDED: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-                 BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
+                 marks_x, marks_y, stride_x, stride_y, rows_x, rows_y, SEVERAL_MARKS: tl.constexpr,
+                 HAS_STRETCH: tl.constexpr, HAS_LIMIT: tl.constexpr, BOUNDED: tl.constexpr, WIDTH: tl.constexpr,
+                 DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                 BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
     """One program: a tile. Writes log Σ e^z over its negatives for each of its rows, (tiles of columns, rows_x) each:
     peak and rest, see `LogSum`; no peak where e^z fits float32 as it is."""
     tiles_x = tl.cdiv(rows_x, BLOCK_ROWS)
@@ -74,9 +87,13 @@ def _sums_kernel(p_x, p_y, p_stretch_x, p_stretch_y, p_mark_x, p_mark_y, p_limit
     m_x = o_x < rows_x
     m_y = o_y < rows_y
     b_s = _stretched(b_s, p_stretch_x, p_stretch_y, o_x, o_y, rows_x, rows_y, HAS_STRETCH)
-    b_mark_x = tl.load(p_mark_x + o_x, mask=m_x, other=0)
-    b_mark_y = tl.load(p_mark_y + o_y, mask=m_y, other=0)
-    m_negative = (b_mark_x[:, None] != b_mark_y[None, :]) & m_y[None, :]
+    if SEVERAL_MARKS:
+        b_s = _filled(b_s, float("-inf"), p_mark_x, p_mark_y, marks_x, marks_y, o_x, o_y, m_x, m_y)
+        m_negative = m_y[None, :]
+    else:
+        b_mark_x = tl.load(p_mark_x + o_x, mask=m_x, other=0)
+        b_mark_y = tl.load(p_mark_y + o_y, mask=m_y, other=0)
+        m_negative = (b_mark_x[:, None] != b_mark_y[None, :]) & m_y[None, :]
     if HAS_LIMIT:
         m_negative = m_negative & (b_s <= tl.load(p_limit + o_x, mask=m_x, other=0.0)[:, None])
     scale = tl.load(p_scale)
@@ -102,13 +119,13 @@ def _weight(b_s, scale, b_peak, b_rest, b_weight, b_limit, HAS_LIMIT: tl.constex
     return b_h
 
 
-@triton.jit(do_not_specialize=["rows_x", "rows_y", "number_y"])
+@triton.jit(do_not_specialize=["marks_x", "marks_y", "rows_x", "rows_y", "number_y"])
 def _weights_kernel(p_x, p_y, p_h, p_stretch_x, p_stretch_y, p_mark_x, p_mark_y, p_peak_x, p_peak_y, p_rest_x,
                     p_rest_y, p_weight_x, p_weight_y, p_limit_x, p_limit_y, p_positive, p_gradient, p_scale,
-                    stride_x, stride_y, stride_h, rows_x, rows_y, number_y,
-                    HAS_STRETCH: tl.constexpr, HAS_LIMIT_X: tl.constexpr, HAS_LIMIT_Y: tl.constexpr,
-                    HAS_COLUMNS: tl.constexpr, HAS_POSITIVE: tl.constexpr, WIDTH: tl.constexpr,
-                    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                    marks_x, marks_y, stride_x, stride_y, stride_h, rows_x, rows_y, number_y,
+                    SEVERAL_MARKS: tl.constexpr, HAS_STRETCH: tl.constexpr, HAS_LIMIT_X: tl.constexpr,
+                    HAS_LIMIT_Y: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_POSITIVE: tl.constexpr,
+                    WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                     BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):  # fmt: skip
     """One program: a tile of H, the gradient of the similarities (over the scale), into the panel, times what stretches
     its row and its column; zeros past the end, so that nothing that reads whole tiles of the panel needs a mask."""
@@ -138,9 +155,13 @@ def _weights_kernel(p_x, p_y, p_h, p_stretch_x, p_stretch_y, p_mark_x, p_mark_y,
         b_rest = tl.load(p_rest_y + o_y, mask=m_y, other=float("inf"))[None, :]
         b_weight = tl.load(p_weight_y + o_y, mask=m_y, other=0.0)[None, :]
         b_h += _weight(b_s, scale, b_peak, b_rest, b_weight, b_limit, HAS_LIMIT_Y)
-    b_mark_x = tl.load(p_mark_x + o_x, mask=m_x, other=0)
-    b_mark_y = tl.load(p_mark_y + o_y, mask=m_y, other=0)
-    b_h = tl.where((b_mark_x[:, None] != b_mark_y[None, :]) & m_x[:, None] & m_y[None, :], b_h, 0.0)
+    if SEVERAL_MARKS:
+        b_h = _filled(b_h, 0.0, p_mark_x, p_mark_y, marks_x, marks_y, o_x, o_y, m_x, m_y)
+        b_h = tl.where(m_x[:, None] & m_y[None, :], b_h, 0.0)
+    else:
+        b_mark_x = tl.load(p_mark_x + o_x, mask=m_x, other=0)
+        b_mark_y = tl.load(p_mark_y + o_y, mask=m_y, other=0)
+        b_h = tl.where((b_mark_x[:, None] != b_mark_y[None, :]) & m_x[:, None] & m_y[None, :], b_h, 0.0)
     if HAS_POSITIVE:
         b_positive = tl.load(p_positive + o_x, mask=m_x, other=-1)
         b_gradient = tl.load(p_gradient + o_x, mask=m_x, other=0.0)
@@ -332,7 +353,9 @@ def _pair_arguments(x: Side, y: Side, config: Configuration) -> dict[str, Any]:
         "p_x": _readable(x.rows, (config.block_rows, config.block_inner), descriptors),
         "p_y": _readable(y.rows, (config.block_columns, config.block_inner), descriptors),
         "p_stretch_x": x.stretch, "p_stretch_y": y.stretch, "HAS_STRETCH": x.stretch is not None,
-        "p_mark_x": x.marks, "p_mark_y": y.marks, "stride_x": x.rows.stride(0), "stride_y": y.rows.stride(0),
+        "p_mark_x": x.marks, "p_mark_y": y.marks, "marks_x": x.marks.shape[1], "marks_y": y.marks.shape[1],
+        "SEVERAL_MARKS": x.marks.shape[1] > 1 or y.marks.shape[1] > 1,
+        "stride_x": x.rows.stride(0), "stride_y": y.rows.stride(0),
         "rows_x": x.count, "rows_y": y.count, "WIDTH": x.rows.shape[1], "DESCRIPTORS": descriptors,
         "PRECISION": _precision(x.rows), **config.arguments(),
     }  # fmt: skip

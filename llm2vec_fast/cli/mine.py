@@ -71,7 +71,7 @@ def mine(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Rows of the same id are not each other's negatives; nor are those that share a text.",
+            help="Texts of rows of the same id are no negatives for their queries; nor are those of the same query.",
             rich_help_panel=option.READING,
             show_default=False,
         ),

@@ -1,9 +1,11 @@
-"""Pairs: a query, its documents, its hard negatives, and which rows are about the same thing."""
+"""Pairs: a query, its documents, its hard negatives, and which other texts are known to suit it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,53 +89,77 @@ def name_in(value: Any) -> str | None:
     return shown if shown.strip() else None
 
 
-def identity(text: str) -> int:
-    """A number that texts share only if they are equal but for white space; the same on every machine."""
-    digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def identity(text: str, kind: bytes = b"") -> int:
+    """A number that texts share only if they are equal but for white space; the same on every machine.
+
+    What is numbered as another ``kind`` shares none with a text.
+    """
+    digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=8, person=kind)
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-class SameThings:
-    """Which documents count as the same thing, and so never as each other's negatives; see `same_things`."""
+class KnownPositives:
+    """Which texts are known to suit the query of a row: those whose id is among the row's. See `known_positives`."""
 
-    def __init__(self, of_rows: np.ndarray, of_texts: dict[int, int]) -> None:
-        self._of_rows, self._of_texts = of_rows, of_texts
+    def __init__(self, groups: np.ndarray, shared: Mapping[int, set[int]], of_texts: Mapping[int, int]) -> None:
+        """``groups`` (rows, 2) of each row, ``shared`` texts of each group, and ids ``of_texts``."""
+        self._groups, self._shared, self._of_texts = groups, shared, of_texts
 
-    def of_row(self, row: int) -> int:
-        """The thing that a row's documents are."""
-        return int(self._of_rows[row])
+    def of_row(self, row: int) -> list[int]:
+        """The ids of what is known to suit a row's query."""
+        groups = dict.fromkeys(self._groups[row].tolist())
+        return [*groups, *sorted({text for group in groups for text in self._shared.get(group, ())})]
 
     def of_text(self, text: str) -> int:
-        """The thing that a text is: that of the rows whose document it is, else one of its own."""
+        """The id of a text."""
         name = identity(text)
         return self._of_texts.get(name, name)
 
 
-def same_things(queries: Sequence[str], positives: Sequence[Sequence[str]], names: Sequence[str | None]) -> SameThings:
-    """Rows are the same thing if they share the query, a document, or the name given; and so on, from row to row.
+def known_positives(
+    queries: Sequence[str], positives: Sequence[Sequence[str]], names: Sequence[str | None]
+) -> KnownPositives:
+    """A row's query is known to be suited by the texts of its row, and of the rows of the same query or the same name.
+
+    That is all: it does not go on from row to row. Rows that share documents in a chain keep each other's others as
+    negatives.
 
     Args:
         queries: of each row.
         positives: the documents of each row, at least one.
         names: what each row is called, None where it has no name.
     """
-    marks = [
-        [identity(query), *map(identity, documents), *([] if name is None else [identity(f"name {name}")])]
-        for query, documents, name in zip(queries, positives, names, strict=True)
-    ]
-    thing = {mark: mark for row in marks for mark in row}
+    texts = [[identity(query), *map(identity, own)] for query, own in zip(queries, positives, strict=True)]
+    groups = _groups(queries, names)
+    # A text of one group goes by the group, so that a row of thousands of documents has one id; else by itself.
+    of_texts: dict[int, int] = {}
+    for own, of_row in zip(texts, groups.tolist(), strict=True):
+        for group, text in itertools.product(of_row, own):
+            if of_texts.setdefault(text, group) != group:
+                of_texts[text] = text
+    shared: dict[int, set[int]] = {}
+    for own, of_row in zip(texts, groups.tolist(), strict=True):
+        for group, text in itertools.product(of_row, own):
+            if of_texts[text] == text:
+                shared.setdefault(group, set()).add(text)
+    return KnownPositives(groups, shared, of_texts)
 
-    def root(mark: int) -> int:
-        while thing[mark] != mark:
-            thing[mark] = thing[thing[mark]]
-            mark = thing[mark]
-        return mark
 
-    for first, *others in marks:
-        for other in others:
-            low, high = sorted((root(first), root(other)))
-            thing[high] = low
-    return SameThings(np.array([root(row[0]) for row in marks], np.int64), {mark: root(mark) for mark in thing})
+def _groups(queries: Sequence[str], names: Sequence[str | None]) -> np.ndarray:
+    """(rows, 2) int64, the groups of each row: of its query, and of its name where another row has it too.
+
+    The group of a query all of whose rows have one name is that of the name.
+    """
+    rows = Counter(names)
+    of_queries = [identity(query, b"query") for query in queries]
+    of_names = [None if name is None or rows[name] == 1 else identity(name, b"name") for name in names]
+    only: dict[int, int | None] = {}  # the name of all rows of a query, if they have one
+    for query, name in zip(of_queries, of_names, strict=True):
+        if only.setdefault(query, name) != name:
+            only[query] = None
+    first = [query if only[query] is None else only[query] for query in of_queries]
+    second = [one if name is None else name for one, name in zip(first, of_names, strict=True)]
+    return np.array([first, second], np.int64).reshape(2, -1).T.copy()
 
 
 def _empty(value: Any) -> str:

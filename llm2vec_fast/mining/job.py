@@ -68,7 +68,7 @@ def mine(
     """Find hard negatives for every pair among all documents, or go on where an earlier run of the same job ended.
 
     A document is a row's hard negative if its cosine to the query is below a share of that of the row's own document
-    (Moreira et al., 2024, arXiv:2407.15831), and if it is not the same thing (`data.pairs.same_things`). Of those
+    (Moreira et al., 2024, arXiv:2407.15831), and if it is not known to suit it (`data.pairs.known_positives`). Of those
     the nearest are taken. The search is exact.
 
     Args:

@@ -53,15 +53,17 @@ def find_negatives(
     block = _tensor(queries, device)
     own = _own_scores(queries, documents, texts, first).to(device)
     limits = torch.where(own > 0, settings.share * own, own)  # below 0 a share of it would be above it
-    things = _tensor(texts.things[first : first + len(block)], device)
+    known = _known(texts, first, len(block)).to(device)
     wanted = settings.skip + settings.negatives
-    scores, places = block.new_empty(len(block), 0), things.new_empty(len(block), 0)
+    scores, places = block.new_empty(len(block), 0), known.new_empty(len(block), 0)
     for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
         part = _tensor(documents[start : start + DOCUMENTS_AT_ONCE], device)
         new = block @ part.T
-        same = things[:, None] == _tensor(texts.document_things[start : start + len(part)], device)
         # A comparison with NaN is false: what could not be embedded is never a negative, and has none.
-        new.masked_fill_(~(new < limits[:, None]) | same, -torch.inf)
+        new.masked_fill_(~(new < limits[:, None]), -torch.inf)
+        ids = _tensor(texts.document_ids[start : start + len(part)], device)
+        for each in known.unbind(1):
+            new.masked_fill_(each[:, None] == ids, -torch.inf)
         nearest, columns = new.topk(min(wanted, len(part)), dim=1)
         merged, order = torch.cat([scores, nearest], 1).sort(dim=1, descending=True, stable=True)
         places = torch.cat([places, columns + start], 1).gather(1, order)[:, :wanted]
@@ -76,6 +78,13 @@ def _own_scores(queries: np.ndarray, documents: np.ndarray, texts: MiningTexts, 
     """(n,) the lowest cosine of each row to a document of its own."""
     own = [(documents[texts.positives[first + i]] @ query).min() for i, query in enumerate(queries)]
     return torch.from_numpy(np.array(own, np.float32))
+
+
+def _known(texts: MiningTexts, first: int, count: int) -> Tensor:
+    """(n, k) int64 ids known to suit the rows from ``first`` on; shorter rows repeat their last."""
+    rows = [texts.known.of_row(first + i) for i in range(count)]
+    most = max(map(len, rows))
+    return torch.tensor([[*row, *row[-1:] * (most - len(row))] for row in rows])
 
 
 def _tensor(mapped: np.ndarray, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ class MiningSettings:
             has several.
         skip: so many of the nearest that remain are left out, as they may answer the query unnoticed.
         query_column, positive_column: where the pairs are; the second may hold lists.
-        id_column: rows of the same id are not each other's negatives.
+        id_column: texts of rows of the same id are no negatives for their queries.
         text_column: of further documents.
     """
 

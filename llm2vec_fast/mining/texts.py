@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llm2vec_fast.data.inputs import InputFile
-from llm2vec_fast.data.pairs import PairColumns, identity, same_things
+from llm2vec_fast.data.pairs import KnownPositives, PairColumns, identity, known_positives
 from llm2vec_fast.data.reading import check_heads, texts_of
 from llm2vec_fast.data.rows import Asked, LeftOut, Problem
 from llm2vec_fast.data.tables import Rows, all_rows
@@ -28,16 +28,16 @@ class MiningTexts:
         queries: their queries.
         documents: every document once, those of the pairs first.
         positives: which documents are a row's own.
-        things: (rows,) int64; a document is no negative of a row of the same thing.
-        document_things: (documents,) int64.
+        known: the ids of what is known to suit each row's query, and so none of its negatives.
+        document_ids: (documents,) int64.
     """
 
     rows: Rows
     queries: list[str]
     documents: list[str]
     positives: list[list[int]]
-    things: np.ndarray
-    document_things: np.ndarray
+    known: KnownPositives
+    document_ids: np.ndarray
 
 
 def read_mining_texts(
@@ -89,14 +89,14 @@ def read_mining_texts(
         documents.setdefault(identity(text), text)
     places = {name: place for place, name in enumerate(documents)}
     own = [pair.positives for pair in some]
-    things = same_things([pair.query for pair in some], own, [pair.name for pair in some])
+    known = known_positives([pair.query for pair in some], own, [pair.name for pair in some])
     return MiningTexts(
         rows=found.kept(kept),
         queries=[pair.query for pair in some],
         documents=list(documents.values()),
         positives=[[places[identity(text)] for text in texts] for texts in own],
-        things=np.array([things.of_row(i) for i in range(len(kept))], np.int64),
-        document_things=np.array([things.of_text(text) for text in documents.values()], np.int64),
+        known=known,
+        document_ids=np.array([known.of_text(text) for text in documents.values()], np.int64),
     )
 
 

@@ -200,6 +200,9 @@ class EmbeddingArguments(StageArguments):
         default=False, metadata={"help": "The mean with the loss that finds each document's query."}
     )
     query_negatives: bool = field(default=False, metadata={"help": "A query's negatives include the other queries."})
+    document_negatives: bool = field(
+        default=False, metadata={"help": "Its document's other queries and documents, too: with both, GTE's loss."}
+    )
     false_negative_margin: float | None = field(
         default=None,
         metadata={"help": "Leave out negatives whose cosine exceeds the positive's by more; by default none."},
@@ -225,6 +228,10 @@ class EmbeddingArguments(StageArguments):
         if not 0 < self.scale < math.inf:
             raise UserError(f"scale={self.scale} is not a positive number: give the inverse of the temperature")
         require_positive("token_budget", self.token_budget)
+        if self.symmetric and self.document_negatives:
+            raise UserError(
+                "symmetric and document_negatives are both true: give one, the second looks both ways itself"
+            )
         if self.false_negative_margin is not None and math.isnan(self.false_negative_margin):
             raise UserError("false_negative_margin=nan is not a number: give a difference of cosines, or leave it out")
         if any(width < 1 for width in self.matryoshka_dims):
@@ -295,7 +302,9 @@ class ContrastiveArguments(EmbeddingArguments):
     negatives: int = field(default=1, metadata={"help": "Hard negatives of a query, drawn anew in every epoch."})
     id_column: str | None = field(
         default=None,
-        metadata={"help": "Rows of the same id are never negatives of each other; nor are those that share a text."},
+        metadata={
+            "help": "Texts of rows of the same id are no negatives for their queries; nor are those of the same query."
+        },
     )
     query_instruction: list[str] = field(
         default_factory=list, metadata={"help": "Put before queries, not pooled: one for all files or one for each."}

@@ -29,7 +29,8 @@ from llm2vec_fast.training.sampling import NextEpoch, OneSetAtATime
 logger = logging.getLogger(__name__)
 
 SCALE_FILE = "scale.safetensors"
-IDS, QUERIES = "ids", "queries"  # of a batch: the things its documents are, and how many of its texts are queries
+# Of a batch: its documents' ids, further ones known to suit each query, and how many of its texts are queries.
+IDS, KNOWN, QUERIES = "ids", "known", "queries"
 
 
 class ContrastiveTrainer(StageTrainer):
@@ -41,6 +42,7 @@ class ContrastiveTrainer(StageTrainer):
 
     args: EmbeddingArguments
     _scale: Tensor | None = None  # of the last batch, where it is learned
+    _told = False  # of a loss of 0
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class ContrastiveTrainer(StageTrainer):
         """The contrastive loss of a batch, times the number of ranks: of gradients, ranks take the mean."""
         embedded, count = self._embedded(model, inputs)
         self._scale = None if embedded.scale is None else embedded.scale.detach()
-        loss = self._loss(embedded, count, inputs[IDS]) * self.args.world_size
+        loss = self._loss(embedded, count, inputs[IDS], inputs.get(KNOWN)) * self.args.world_size
         return (loss, None) if return_outputs else loss
 
     def _embedded(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Embedded, int]:
@@ -91,6 +93,8 @@ class ContrastiveTrainer(StageTrainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """A line of the log, with the scale where it is learned."""
         learned = {"scale": round(float(self._scale), 4)} if "loss" in logs and self._scale is not None else {}
+        if logs.get("eval_loss") == 0 and self.is_world_process_zero():
+            logger.warning("eval_loss is 0: no batch of the validation files leaves a query a negative")
         super().log({**logs, **learned}, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OneSetAtATime:
@@ -118,7 +122,15 @@ class ContrastiveTrainer(StageTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass; see `StageTrainer`. Returns the loss of all ranks' batch."""
-        return super().training_step(model, inputs, *args, **kwargs) / self.args.world_size
+        loss = super().training_step(model, inputs, *args, **kwargs) / self.args.world_size
+        if not self._told and self.is_world_process_zero() and not loss:  # which others have waited for already
+            self._told = True
+            logger.warning(
+                "step %d teaches nothing, its loss is 0: its batch leaves no query a negative, for documents known to "
+                "suit a query and those above false_negative_margin are none; further such steps are not told",
+                self.state.global_step + 1,
+            )
+        return loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -128,7 +140,11 @@ class ContrastiveTrainer(StageTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             embedded, count = self._embedded(model, inputs)
             group = self._with_rows(count)
-            loss = self._loss(embedded, count, inputs[IDS], group) if count else embedded.rows.new_zeros(())
+            loss = (
+                self._loss(embedded, count, inputs[IDS], inputs.get(KNOWN), group)
+                if count
+                else embedded.rows.new_zeros(())
+            )
         queries = torch.tensor([count], device=loss.device)
         return None, {"loss": loss * queries}, queries
 
@@ -142,7 +158,14 @@ class ContrastiveTrainer(StageTrainer):
             self._groups[ranks] = dist.new_group(ranks)
         return self._groups[ranks]
 
-    def _loss(self, embedded: Embedded, count: int, ids: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    def _loss(
+        self,
+        embedded: Embedded,
+        count: int,
+        ids: Tensor,
+        known: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
         """The mean over the Matryoshka widths by their weights; over the whole width if there are none. ``group`` are
         the processes that have rows of the batch, all by default."""
         group = group or (dist.group.WORLD if self.args.world_size > 1 else None)
@@ -151,8 +174,9 @@ class ContrastiveTrainer(StageTrainer):
         losses = [
             contrastive_loss(
                 embedded.rows[:count, :width], embedded.rows[count:, :width],
-                scale=self.args.scale if embedded.scale is None else embedded.scale, ids=ids,
+                scale=self.args.scale if embedded.scale is None else embedded.scale, ids=ids, known=known,
                 symmetric=self.args.symmetric, query_negatives=self.args.query_negatives,
+                document_negatives=self.args.document_negatives,
                 false_negative_margin=self.args.false_negative_margin,
                 group=group,
             )

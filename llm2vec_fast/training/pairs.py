@@ -11,14 +11,14 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from llm2vec_fast.data.delimited import Csv
 from llm2vec_fast.data.inputs import InputFile, find_inputs
-from llm2vec_fast.data.pairs import PairColumns, same_things
+from llm2vec_fast.data.pairs import PairColumns, known_positives
 from llm2vec_fast.data.reading import check_heads, rows_of
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training.arguments import NEGATIVE_COLUMNS, ContrastiveArguments
 from llm2vec_fast.training.sampling import NO_ROW, DrawnAnew
 from llm2vec_fast.training.texts import PLACE, cached, notifier, places_of, tell_left_out, whole_rows
 
-_QUERY, _POSITIVE, _NEGATIVES, _THING = "query", "positives", "negatives", "thing"
+_QUERY, _POSITIVE, _NEGATIVES, _NAME = "query", "positives", "negatives", "name"
 
 
 class Pairs(DrawnAnew):
@@ -46,7 +46,7 @@ class Pairs(DrawnAnew):
         read = [_read(name, arguments, listing, notify) for name, listing in zip(files, listings, strict=True)]
         self.sizes = [len(rows) for rows in read]
         self._rows = concatenate_datasets(read)
-        self._things = same_things(self._rows[_QUERY], self._rows[_POSITIVE], self._rows[_THING])
+        self._known = known_positives(self._rows[_QUERY], self._rows[_POSITIVE], self._rows[_NAME])
         self._ends = np.cumsum(self.sizes)
 
     def __len__(self) -> int:
@@ -61,8 +61,8 @@ class Pairs(DrawnAnew):
                 yield self._document_instructions[file], text
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        """``query``, ``positive`` and ``negatives`` as (instruction, text) pairs, ``ids`` of the documents, ``row``;
-        None for `NO_ROW`."""
+        """``query``, ``positive`` and ``negatives`` as (instruction, text) pairs, ``ids`` of the documents, those of
+        further ones ``known`` to suit the query, and ``row``; None for `NO_ROW`."""
         if index == NO_ROW:
             return None
         row, file = self._rows[index], int(np.searchsorted(self._ends, index, side="right"))
@@ -72,17 +72,19 @@ class Pairs(DrawnAnew):
         drawn = rng.choice(len(row[_NEGATIVES]), count, replace=False).tolist() if count else []
         negatives = [row[_NEGATIVES][i] for i in drawn]
         of_documents = self._document_instructions[file]
+        ids = [self._known.of_text(text) for text in (positive, *negatives)]
         return {
             "query": (self._query_instructions[file], row[_QUERY]),
             "positive": (of_documents, positive),
             "negatives": [(of_documents, text) for text in negatives],
-            "ids": [self._things.of_row(index), *map(self._things.of_text, negatives)],
+            "ids": ids,
+            "known": [x for x in self._known.of_row(index) if x != ids[0]],
             "row": index,
         }
 
 
 def _read(entry: str, arguments: ContrastiveArguments, listing: Path | None, notify: Callable[[str], None]) -> Dataset:
-    """One entry's rows: ``query``, ``positives`` and ``negatives`` (lists) and ``thing`` (None for no name)."""
+    """One entry's rows: ``query``, ``positives`` and ``negatives`` (lists) and ``name`` (None for none)."""
     files = find_inputs([entry], [Path(arguments.output_dir)], notify)
     columns = PairColumns(
         arguments.query_column,
@@ -95,7 +97,7 @@ def _read(entry: str, arguments: ContrastiveArguments, listing: Path | None, not
         notify(sentence)
     texts = Value("string")
     features = Features(
-        {_QUERY: texts, _POSITIVE: List(texts), _NEGATIVES: List(texts), _THING: texts, **PLACE}
+        {_QUERY: texts, _POSITIVE: List(texts), _NEGATIVES: List(texts), _NAME: texts, **PLACE}
     )  # fmt: skip
     found = cached(_pairs, features, files=tuple(files), columns=columns, csv=arguments.csv)
     first = tell_left_out(found, listing, notify)
@@ -105,14 +107,14 @@ def _read(entry: str, arguments: ContrastiveArguments, listing: Path | None, not
         raise UserError(
             f"{entry} has no row with a text in {columns.query!r} and in {columns.positive!r}: check the columns{why}"
         )
-    return rows.select_columns([_QUERY, _POSITIVE, _NEGATIVES, _THING])
+    return rows.select_columns([_QUERY, _POSITIVE, _NEGATIVES, _NAME])
 
 
 def _pairs(files: Sequence[InputFile], columns: PairColumns, csv: Csv, code: str) -> Iterator[dict[str, Any]]:
     for file in files:
         for row, place in places_of(file, rows_of(file, columns.asked("{}_column"), csv)):
             pair, wrong = columns.pair(row.values)
-            found = {_QUERY: pair.query, _POSITIVE: pair.positives, _NEGATIVES: pair.negatives, _THING: pair.name}
+            found = {_QUERY: pair.query, _POSITIVE: pair.positives, _NEGATIVES: pair.negatives, _NAME: pair.name}
             yield {**found, **place, "problem": place["problem"] or wrong}
 
 

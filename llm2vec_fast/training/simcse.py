@@ -18,6 +18,7 @@ from llm2vec_fast.data.pairs import identity
 from llm2vec_fast.tokenization import TextTokenizer
 from llm2vec_fast.training.arguments import SimcseArguments
 from llm2vec_fast.training.contrast import IDS, QUERIES, ContrastiveTrainer, load_embedding_model
+from llm2vec_fast.training.negatives import some_rows, tell_share_left_out
 from llm2vec_fast.training.packing import pack
 from llm2vec_fast.training.run import ROWS, run
 from llm2vec_fast.training.sampling import present
@@ -57,6 +58,9 @@ def train_simcse(arguments: SimcseArguments, callbacks: Sequence[TrainerCallback
             for name, files in (("train", arguments.train_file), ("validation", arguments.validation_file))
             if files
         }
+    if arguments.process_index == 0:
+        rows = some_rows(len(texts["train"]))
+        tell_share_left_out(", ".join(arguments.train_file), [identity(texts["train"][row]["text"]) for row in rows])
     stage, tokenizer = load_embedding_model(arguments)
     for some in texts.values():
         require_rows_for(some.texts(), tokenizer, stage.tokenizer, stage.model)

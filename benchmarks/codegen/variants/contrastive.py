@@ -20,12 +20,14 @@ FORWARD: dict[str, dict[str, Any]] = {
     "unbounded": {"bounded": False},
     "margin": {"bounded": True, "limit": True},
     "ids": {"bounded": True, "marks": torch.int64},
+    "known": {"bounded": True, "marks": torch.int64, "known": 1},
 }
 WEIGHTS: dict[str, dict[str, Any]] = {
     "": {},
     "symmetric": {"columns": True},
     "margin": {"columns": True, "limit": True},
     "ids": {"marks": torch.int64},
+    "known": {"marks": torch.int64, "known": 1},
 }
 # Rows of 1,000 columns do not begin at multiples of 32 bytes, of which the compiler would have to be told.
 _UNALIGNED = Allowance("rows that the compiler cannot know to begin at whole vectors", synchronous=True)
@@ -36,12 +38,15 @@ ALLOWANCES = {
 MOST_INSTRUCTIONS = {("contrastive-forward-D768-bfloat16", "sm_90"): 180}
 
 
-def side(dtype: torch.dtype, width: int = WIDTH, marks: torch.dtype = torch.int32, limit: bool = False) -> Side:
+def side(
+    dtype: torch.dtype, width: int = WIDTH, marks: torch.dtype = torch.int32, limit: bool = False, known: int = 0
+) -> Side:
     """Rows with all that any kernel asks of them."""
     values = torch.empty(ROWS)
     rows = torch.empty(ROWS, width, dtype=dtype)
     stretch = values if limit and dtype.itemsize == 2 else None
-    return Side(rows, values, stretch, torch.empty(ROWS, dtype=marks), None, values if limit else None, *[values] * 3)
+    marks = torch.empty(ROWS, 1 + known, dtype=marks)
+    return Side(rows, values, stretch, marks, None, values if limit else None, *[values] * 3)
 
 
 def forward(

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from contrastive_cases import Case
 from numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_error_within
 from ranks import on_ranks
+from torch.nn.functional import pad
 
 from llm2vec_fast.kernels.contrastive import contrastive_loss
 from llm2vec_fast.kernels.contrastive import ranks as meeting
@@ -17,13 +18,15 @@ RULES = (
     {},
     {"symmetric": True},
     {"query_negatives": True},
+    {"query_negatives": True, "document_negatives": True},
     {"symmetric": True, "query_negatives": True, "false_negative_margin": -0.2},
 )
 CASES = [
-    *((rule, targets, torch.float32, "mean") for rule in RULES for targets in ((), ("positives", "ids"))),
+    *((rule, targets, torch.float32, "mean") for rule in RULES for targets in ((), ("positives", "ids", "known"))),
     ({"symmetric": True}, (), torch.bfloat16, "sum"),
     ({"similarity": "dot", "false_negative_margin": 0.0}, (), torch.float32, "mean"),
-    ({**RULES[3], "backend": "triton"}, ("positives", "ids"), torch.float32, "mean"),
+    ({"query_negatives": True, "document_negatives": True}, ("ids", "guide"), torch.float32, "mean"),
+    ({**RULES[-1], "backend": "triton"}, ("positives", "ids"), torch.float32, "mean"),
 ]
 
 
@@ -34,13 +37,16 @@ def _rows(ranks, rule, dtype):
 
 
 def _targets(ranks, names):
-    """For each rank: positives number its own documents, ids are shared."""
+    """For each rank: positives number its own documents, ids are shared; a query of rank r has r known ones."""
     generator = torch.Generator().manual_seed(3)
     found = []
-    for queries, documents in zip(QUERIES[:ranks], DOCUMENTS[:ranks], strict=True):
+    for rank, (queries, documents) in enumerate(zip(QUERIES[:ranks], DOCUMENTS[:ranks], strict=True)):
         positives = torch.randint(documents, (queries,), generator=generator)
         ids = torch.randint(15, (documents,), generator=generator)
-        found.append({name: x for name, x in (("positives", positives), ("ids", ids)) if name in names})
+        known = torch.randint(15, (queries, rank), generator=generator) if rank else None
+        guide = tuple(torch.randn(count, 5, generator=generator) for count in (queries, documents))
+        given = (("positives", positives), ("ids", ids), ("known", known), ("guide", guide))
+        found.append({name: x for name, x in given if name in names})
     return found
 
 
@@ -56,6 +62,12 @@ def _in_one_process(ranks, rule, names, dtype, reduction, compute):
     targets = {"positives": torch.cat(positives)}
     if "ids" in names:
         targets["ids"] = torch.cat([x["ids"] for x in given])
+    if "guide" in names:
+        targets["guide"] = tuple(torch.cat(x) for x in zip(*(x["guide"] for x in given), strict=True))
+    if "known" in names:
+        most = ranks - 1
+        known = [torch.full((QUERIES[0], 0), 0) if x["known"] is None else x["known"] for x in given]
+        targets["known"] = torch.cat([pad(x, (0, most - x.shape[1]), value=-1) for x in known])
     tensors = [torch.cat(x).to(compute).requires_grad_() for x in (queries, documents)]
     scale = torch.tensor(20.0, dtype=torch.promote_types(compute, torch.float32), requires_grad=True)
     settings = {**targets, **rule, "backend": "reference"}
@@ -79,7 +91,7 @@ def _found(rank, ranks, kind):
         # Rows, the float32 sums of their gradients, and those that others send, for the most rows on any rank.
         needed = ranks * max(DOCUMENTS[:ranks]) * queries.shape[1] * (dtype.itemsize + 2 * 4)
         meeting.GATHERED_BYTES = needed if kind is meeting.Gathering else needed - 1
-        assert type(meeting.ranks_of(dist.group.WORLD, queries, documents, False)) is kind
+        assert type(meeting.ranks_of(dist.group.WORLD, queries, documents)) is kind
         settings = {**_targets(ranks, names)[rank], **rule, "group": dist.group.WORLD}
         loss = contrastive_loss(queries, documents, scale=scale, reduction=reduction, **settings)
         gradients = torch.autograd.grad(loss, (queries, documents, scale))

@@ -22,6 +22,7 @@ RULES = (
     {"symmetric": True},
     {"query_negatives": True},
     {"false_negative_margin": -0.2},
+    {"query_negatives": True, "document_negatives": True, "false_negative_margin": -0.25},
     {"symmetric": True, "query_negatives": True, "false_negative_margin": -0.3},
 )
 CASES = [
@@ -29,6 +30,9 @@ CASES = [
     *(Case(37, 20, 24, rule, shared=True) for rule in RULES),
     *(Case(20, 37, 24, rule, same=True) for rule in RULES),
     Case(40, 70, 24, RULES[-1], shared=True, same=True),
+    *(Case(20, 37, 24, rule, known=3) for rule in RULES),
+    Case(40, 70, 24, RULES[-1], shared=True, same=True, known=5),
+    Case(6, 9, 8, {"symmetric": True}, known=100),
     Case(1, 1, 8),
     Case(1, 1, 8, {"symmetric": True, "query_negatives": True}),
     Case(1, 9, 5, {"symmetric": True}),
@@ -39,7 +43,14 @@ CASES = [
 MANY_TILES = [
     Case(50, 100, 24),
     Case(50, 100, 24, {"symmetric": True}, same=True),
+    Case(40, 70, 24, {"symmetric": True}, shared=True, known=2),
     Case(100, 50, 24, RULES[-1], shared=True),
+    Case(36, 40, 24, {"query_negatives": True, "document_negatives": True}, shared=True, known=1),
+]
+GUIDED = [
+    Case(20, 37, 24, guide=7),
+    Case(37, 20, 24, {"symmetric": True, "query_negatives": True, "false_negative_margin": 0.1}, shared=True, guide=7),
+    Case(40, 70, 24, {"query_negatives": True, "document_negatives": True}, same=True, guide=30, known=2),
 ]
 BACKENDS = [
     pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
@@ -74,6 +85,14 @@ def test_losses_and_gradients_are_as_exact_as_pytorch(case, backend, dtype):
         assert_error_within(*results, factor=factor, name=name)
 
 
+@pytest.mark.parametrize("case", GUIDED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_a_guide(small_tiles, case, dtype):
+    for name, *results in three_ways(case, dtype, "blocked"):
+        factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
+        assert_error_within(*results, factor=factor, name=name)
+
+
 @pytest.mark.parametrize("case", MANY_TILES, ids=str)
 @pytest.mark.parametrize(
     ("backend", "dtype"),
@@ -96,15 +115,18 @@ def test_many_tiles(small_tiles, case, backend, dtype):
             "similarity": st.sampled_from(["cos", "dot"]),
             "symmetric": st.booleans(),
             "query_negatives": st.booleans(),
+            "document_negatives": st.booleans(),
             "false_negative_margin": st.none() | st.floats(-0.5, 0.5).map(lambda x: x + 0.000123),
         }
     ),
     shared=st.booleans(),
     same=st.booleans(),
+    known=st.sampled_from([0, 2]),
 )
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
-def test_generated_shapes_and_rules(backend, rows, more, width, rule, shared, same):
-    case = Case(rows, rows + more, width, rule, shared, same, scale=5.0)
+def test_generated_shapes_and_rules(backend, rows, more, width, rule, shared, same, known):
+    rule = {**rule, "symmetric": rule["symmetric"] and not rule["document_negatives"]}
+    case = Case(rows, rows + more, width, rule, shared, same, known=known, scale=5.0)
     for name, *results in three_ways(case, torch.float32, backend):
         factor = OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR
         assert_error_within(*results, factor=factor, name=name)
@@ -125,7 +147,7 @@ def test_large_dot_products_with_query_negatives(symmetric_products):
         assert_error_within(*results, factor=OUTPUT_FACTOR if name == "losses" else GRADIENT_FACTOR, name=name)
 
 
-@pytest.mark.parametrize("case", [Case(6, 9, 5, rule, shared=True, same=True) for rule in RULES], ids=str)
+@pytest.mark.parametrize("case", [Case(6, 9, 5, rule, shared=True, same=True, known=2) for rule in RULES], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_gradcheck_in_float64(backend, case):
     queries, documents = (x.clone().requires_grad_() for x in case.inputs(torch.float64))
@@ -147,6 +169,23 @@ def test_the_reference_is_the_textbook_formula():
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("directions", [("query_to_query",), ()], ids=["all-four", "without-queries"])
+def test_all_directions_in_one_sum_as_in_sentence_transformers(backend, directions):
+    losses = pytest.importorskip("sentence_transformers.losses")
+    queries, documents = (x.requires_grad_() for x in Case(9, 9, 12).inputs(torch.float32))
+    loss = losses.MultipleNegativesRankingLoss(
+        torch.nn.Identity(), directions=("query_to_doc", "doc_to_query", "doc_to_doc", *directions)
+    )
+    expected = loss.compute_loss_from_embeddings([queries, documents], None)
+    ours = contrastive_loss(
+        queries, documents, query_negatives=bool(directions), document_negatives=True, backend=backend
+    )
+    torch.testing.assert_close(ours, expected)
+    for x, y in zip(*(torch.autograd.grad(x, (queries, documents)) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 def test_documents_of_one_id_are_never_negatives_of_each_other(backend):
     queries, documents = Case(4, 6, 8).inputs(torch.float32)
     documents[5], documents[3] = documents[0], documents[1]
@@ -157,6 +196,55 @@ def test_documents_of_one_id_are_never_negatives_of_each_other(backend):
     for i, negatives in rows:
         alone = contrastive_loss(queries[[i]], documents[[i, *negatives]], backend="reference")
         torch.testing.assert_close(marked[i], alone)
+
+
+@pytest.mark.parametrize("rule", [{}, {"symmetric": True}, {"query_negatives": True}], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_what_is_known_to_suit_a_query_is_none_of_its_negatives(backend, rule):
+    """Written out with sets: rows 0 to 3 share documents in a chain, of which 4 and 5 are hard negatives."""
+    queries, documents = Case(4, 6, 8).inputs(torch.float64)
+    ids, more = [10, 20, 30, 40, 20, 50], [{20}, {30}, {40, -1}, {-1}]
+    suits = [(known - {-1}) | {ids[i]} for i, known in enumerate(more)]
+    cosines = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(documents).T
+    between = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(queries).T
+    expected = []
+    for i in range(4):
+        wrong = [cosines[i, j] for j in range(6) if ids[j] not in suits[i]]
+        if "query_negatives" in rule:
+            wrong += [between[i, j] for j in range(4) if not suits[i] & suits[j]]
+        ways = [wrong]
+        if "symmetric" in rule:
+            ways.append([cosines[j, i] for j in range(4) if ids[i] not in suits[j]])
+        ways = [torch.stack([cosines[i, i], *way]) for way in ways]
+        expected.append(sum((20 * way).logsumexp(0) - 20 * way[0] for way in ways) / len(ways))
+    assert all(len(way) > 1 for way in ways)  # the chain leaves negatives to every row
+    known = torch.tensor([[*x, *[-1] * (2 - len(x))] for x in more])
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    losses = contrastive_loss(
+        queries.to(dtype), documents.to(dtype), ids=torch.tensor(ids), known=known, reduction="none", backend=backend,
+        **rule,
+    )  # fmt: skip
+    torch.testing.assert_close(losses, torch.stack(expected).to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_a_guide_leaves_out_what_it_finds_closer_than_the_positive(backend):
+    """GISTEmbed's rule with its absolute margin, written out."""
+    case, margin = Case(9, 15, 12, guide=5), 0.1
+    queries, documents = (torch.nn.functional.normalize(x) for x in case.inputs(torch.float64))
+    by_queries, by_documents = (torch.nn.functional.normalize(x.double()) for x in case.targets()["guide"])
+    limit = (by_queries * by_documents[:9]).sum(1, keepdim=True) - margin
+    scores = 20 * torch.cat([queries @ documents.T, queries @ queries.T], dim=1)
+    closer = torch.cat([by_queries @ by_documents.T, by_queries @ by_queries.T], dim=1) > limit
+    closer[torch.arange(9), torch.arange(9)] = False
+    closer[torch.arange(9), 15 + torch.arange(9)] = True  # the query itself
+    assert 20 < closer.sum() < 200
+    loss = contrastive_loss(
+        queries, documents, query_negatives=True, guide=case.targets()["guide"], false_negative_margin=-margin,
+        backend=backend,
+    )  # fmt: skip
+    expected = torch.nn.functional.cross_entropy(scores.masked_fill(closer, -torch.inf), torch.arange(9))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
@@ -229,7 +317,7 @@ def test_a_nearly_perfect_batch_keeps_its_small_loss(backend):
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_two_runs_give_the_same_bits(small_tiles, backend):
-    case = Case(70, 40, 24, RULES[-1], shared=True)
+    case = Case(70, 40, 24, RULES[-1], shared=True, known=3)
     first, second = (losses_and_gradients(case, *case.inputs(torch.float32), backend) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 

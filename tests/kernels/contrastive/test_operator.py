@@ -16,13 +16,14 @@ from llm2vec_fast.kernels.contrastive.operator import contrastive_backward_opera
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered")
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["one-way", "symmetric"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one-sum", "symmetric"])
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_opcheck(backend, symmetric):
-    case = Case(5, 7, 8, shared=True, same=True)
+    case = Case(5, 7, 8, shared=True, same=True, known=2, guide=3 if backend == "blocked" else 0)
     queries, documents = (x.clone().requires_grad_() for x in case.inputs(torch.float32))
     scale = torch.tensor(20.0, requires_grad=True)
-    settings = (*case.targets().values(), True, symmetric, True, -0.1, False, backend)
+    guide, *targets = {"guide": (None, None), **case.targets()}.values()
+    settings = (*targets, *guide, True, symmetric, True, not symmetric, -0.1, False, backend)
     torch.library.opcheck(contrastive_operator, (queries, documents, scale, *settings))
     plain = tuple(x.detach() for x in (queries, documents, scale))
     _, *saved = contrastive_operator(*plain, *settings)
@@ -33,22 +34,24 @@ def test_opcheck(backend, symmetric):
 
 
 @pytest.mark.parametrize("rule", [{}, {"symmetric": True, "query_negatives": True}], ids=str)
+@pytest.mark.parametrize("known", [False, True], ids=["plain", "known"])
 @pytest.mark.parametrize("backend", ["auto", "blocked", "triton"])
-def test_it_compiles_whole_and_only_once_as_the_batch_changes(backend, rule):
+def test_it_compiles_whole_and_only_once_as_the_batch_changes(backend, known, rule):
     torch._dynamo.reset()
     counters.clear()
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
-    def step(queries, documents, scale):
-        return contrastive_loss(queries * 2, documents, scale=scale, backend=backend, **rule)
+    def step(queries, documents, scale, targets):
+        return contrastive_loss(queries * 2, documents, scale=scale, backend=backend, **targets, **rule)
 
     # PyTorch itself specialises on sizes that happen to be equal (rows and width, say).
-    for rows, documents in ((12, 20), (5, 30), (40, 41), (3, 9)):
-        tensors = [x.clone().requires_grad_() for x in Case(rows, documents, 8).inputs(torch.float32)]
+    for rows, documents, most in ((12, 20, 2), (5, 30, 6), (40, 41, 4), (3, 9, 7)):
+        case = Case(rows, documents, 8, known=most if known else 0)
+        tensors, targets = [x.clone().requires_grad_() for x in case.inputs(torch.float32)], case.targets()
         scale = torch.tensor(20.0, requires_grad=True)
-        loss = step(*tensors, scale)
+        loss = step(*tensors, scale, targets)
         loss.backward()
-        torch.testing.assert_close(loss, contrastive_loss(*tensors, backend="reference", **rule))
+        torch.testing.assert_close(loss, contrastive_loss(*tensors, backend="reference", **targets, **rule))
         assert scale.grad.isfinite()
     assert counters["stats"]["unique_graphs"] == 1
 

@@ -90,7 +90,7 @@ def test_negatives_are_the_nearest_below_the_share(run, rows, tmp_path: Path, mo
     assert not (tmp_path / "out.jsonl.mining").exists()
 
 
-def test_the_same_thing_is_never_a_negative(run, tmp_path: Path) -> None:
+def test_what_suits_a_query_is_never_its_negative(run, tmp_path: Path) -> None:
     rows = [
         {"query": "one two", "positive": ["one two three", "two one"], "id": "a", "negative": "old"},
         {"query": "one two", "positive": ["one three"], "id": "b", "negative": "old"},
@@ -101,11 +101,21 @@ def test_the_same_thing_is_never_a_negative(run, tmp_path: Path) -> None:
     run(rows, share=1.0, id_column="id")
     found = read(tmp_path / "out.jsonl")
     family = {"one two three", "two one", "one three", "one  two three"}
-    for row in found[:3]:
+    for row in found[:2]:
         assert not family & set(row["negative"])
+    assert not {"one two three", "one  two three"} & set(found[2]["negative"])
     for row in found[3:]:
         assert not {"five one two", "six one two"} & set(row["negative"])
     assert "old" not in {text for row in found for text in row["negative"]}
+
+
+def test_rows_that_share_documents_in_a_chain_have_negatives(run, rows, tmp_path: Path) -> None:
+    own = [[rows[i]["positive"], rows[(i + 1) % len(rows)]["positive"]] for i in range(len(rows))]
+    chain = [{**row, "positive": texts} for row, texts in zip(rows, own, strict=True)]
+    outcome = run(chain, share=1.0, negatives=40)
+    assert outcome.negatives > 100
+    for texts, row in zip(own, read(tmp_path / "out.jsonl"), strict=True):
+        assert not set(texts) & set(row["negative"])
 
 
 def test_rows_without_an_id_are_negatives_of_each_other(run, rows, tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ def files(corpus: str, sentences: list[str], tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
+def chain(tmp_path: Path, sentences: list[str]) -> str:
+    """30 pairs, each with a document of its own and that of the next."""
+    path = tmp_path / "chain.jsonl"
+    rows = [{"query": sentences[i], "positive": [sentences[30 + i], sentences[30 + (i + 1) % 30]]} for i in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
 def settings(corpus: str, tmp_path: Path) -> Callable[..., dict[str, object]]:
     """Arguments of a short run on a tiny model: what a test changes, and the rest."""
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, normalize
 from training_runs import UNCLIPPED, assert_trained_alike
 
-from llm2vec_fast.data.pairs import same_things
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.kernels import contrastive_loss
 from llm2vec_fast.training.arguments import ContrastiveArguments
@@ -107,7 +106,7 @@ def test_a_batch_holds_queries_documents_and_negatives(given: Settings, tmp_path
     assert len(batch["ids"]) == 4
     stage.model.eval()
     trainer = ContrastiveTrainer(stage, arguments, [2], train_dataset=data)
-    trainer._loss = lambda embedded, count, ids: embedded.rows  # what the loss is of
+    trainer._loss = lambda embedded, *_: embedded.rows  # what the loss is of
     with torch.no_grad():
         rows = trainer.compute_loss(stage.model, batch)
     negatives = [text for _, text in data[0]["negatives"]]
@@ -131,20 +130,8 @@ def test_draws_follow_from_the_epoch_and_the_row(given: Settings, tmp_path: Path
         assert one[i]["positive"][1] in rows[i]["d"]
 
 
-def test_what_is_the_same_thing() -> None:
-    things = same_things(
-        ["a", "a", "b", "c", "d", "e"],
-        [["1"], ["2"], ["2", "3"], ["4"], ["5"], ["6"]],
-        [None, None, None, "x", "x", "y"],
-    )
-    names = [things.of_row(i) for i in range(6)]
-    assert names[0] == names[1] == names[2] == things.of_text("3") == things.of_text(" 1 ")
-    assert names[3] == names[4]
-    assert len({names[0], names[3], names[5], things.of_text("unheard of")}) == 4
-
-
-def test_the_same_thing_is_never_a_negative(given: Settings, tmp_path: Path) -> None:
-    """Two rows of one query, and a hard negative that is another row's document: only the last query has negatives."""
+def test_what_suits_a_query_is_never_its_negative(given: Settings, tmp_path: Path) -> None:
+    """Two rows of one query, and hard negatives that are the rows' documents."""
     file = written(
         tmp_path / "rows.jsonl",
         {"query": "a cat", "positive": "the cat sat", "negative": "the  cat sat"},
@@ -177,7 +164,14 @@ def test_matryoshka_widths_count_by_their_weights(given: Settings) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"symmetric": True}, {"query_negatives": True}, {"false_negative_margin": 0.05}, {"learn_scale": True}]
+    "option",
+    [
+        {"symmetric": True},
+        {"query_negatives": True},
+        {"document_negatives": True},
+        {"false_negative_margin": 0.05},
+        {"learn_scale": True},
+    ],
 )
 def test_options_of_the_loss_reach_it(given: Settings, option: dict[str, object]) -> None:
     arguments = ContrastiveArguments(**given(scale=5.0, **option))
@@ -251,8 +245,12 @@ def test_all_weights_can_be_trained(given: Settings, tmp_path: Path) -> None:
     assert "log_scale" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
-def test_two_processes_train_as_one_on_the_joined_batch(given: Settings, launch, finished, tmp_path: Path) -> None:
-    options = {**UNCLIPPED, "learning_rate": 0.02, "max_steps": 3, "save_strategy": "no"}
+def test_two_processes_train_as_one_on_the_joined_batch(
+    given: Settings, launch, finished, chain: str, tmp_path: Path
+) -> None:
+    """Rows share documents across processes, too."""
+    options = {**UNCLIPPED, "learning_rate": 0.02, "max_steps": 3, "save_strategy": "no", "train_file": [chain]}
+    options |= {"query_negatives": True, "document_negatives": True}
     options |= {"scale": 5.0, "learn_scale": True, "matryoshka_dims": [16, 64]}
     finished(launch("contrastive", given("one", **options)))
     # The first process embeds in pieces where the other does not have to: texts differ in length.
@@ -340,6 +338,7 @@ def test_every_writers_error_is_told(tmp_path: Path, save: Callable[[Path], None
             "its instruction fills all of max_length=24 tokens and none of its text is left",
         ),
         ({"query": "a", "positive": "b"}, {}, "a batch takes 8 rows and the largest training file has 1"),
+        ({"query": "a"}, {"symmetric": True, "document_negatives": True}, "symmetric and document_negatives are both"),
     ],
 )
 def test_unusable_data_is_refused_in_one_sentence(

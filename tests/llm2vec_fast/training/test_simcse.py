@@ -221,6 +221,17 @@ def test_two_processes_train_as_one_on_the_joined_batch(settings: Settings, laun
     assert_trained_alike(tmp_path / "one", tmp_path / "two")
 
 
+def test_repeated_texts_are_told(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each of 12 texts twice: of 24 · 23 pairs, 24. And one text alone, which leaves no step a negative."""
+    for name, texts in (("twice", [f"a cat {i}" for i in range(12)] * 2), ("same", ["a cat"] * 8)):
+        file = tmp_path / f"{name}.txt"
+        file.write_text("\n".join(texts) + "\n")
+        train_simcse(SimcseArguments(**settings(name, train_file=[str(file)], max_steps=1, save_strategy="no")))
+    assert "twice.txt: 4.3 % of the pairs of a query and another row's document" in caplog.text
+    assert "same.txt: 100.0 % of the pairs" in caplog.text
+    assert caplog.text.count("step 1 teaches nothing, its loss is 0") == 1
+
+
 def test_equal_texts_are_one_thing() -> None:
     assert identity("a  cat\n") == identity("a cat")
     assert identity("a cat") != identity("a Cat")
