@@ -35,6 +35,7 @@ from llm2vec_fast.loading.stack import Stack
 from llm2vec_fast.precision import choose_dtype
 from llm2vec_fast.training.arguments import LORA_TARGETS, StageArguments
 from llm2vec_fast.training.embedding import TRAINING
+from llm2vec_fast.training.neftune import add_noise
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,6 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
     """
     set_seed(arguments.seed)  # the adapter's first weights are random
     dtype = choose_dtype(arguments.model_dtype, best_device() if not arguments.use_cpu else torch.device("cpu")).dtype
-    if arguments.fsdp and arguments.world_size == 1:
-        raise UserError("fsdp needs several processes: start with torchrun --nproc-per-node N, or leave it out")
     stack, adapters = _resolved(arguments)
     # 16-bit weights are too coarse to be trained themselves.
     loaded = load_stack(stack, merge=True, dtype=dtype if arguments.lora_r else torch.float32, head=head)
@@ -89,6 +88,8 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
     if arguments.lora_r and arguments.gradient_checkpointing:
         model.enable_input_require_grads()
     accelerate(model, owner=TRAINING)
+    if arguments.neftune_noise_alpha is not None:
+        add_noise(model, arguments.neftune_noise_alpha)
     return StageModel(model, loaded.tokenizer, loaded.checkpoint, updates)
 
 
