@@ -215,6 +215,8 @@ def trained(trainer: StageTrainer, arguments: StageArguments, last: str | None) 
     if last is not None and trainer.is_world_process_zero():
         logger.warning("goes on from %s", last)
     result = trainer.train(resume_from_checkpoint=last)
+    if callable(getattr(trainer.optimizer, "eval", None)):
+        trainer.optimizer.eval()  # a schedule-free one gives the weights that it came to, not those it steps from
     trainer.save_training_metrics(result.metrics)
     trainer.save_state()
     return result
