@@ -70,6 +70,8 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
     """
     set_seed(arguments.seed)  # the adapter's first weights are random
     dtype = choose_dtype(arguments.model_dtype, best_device() if not arguments.use_cpu else torch.device("cpu")).dtype
+    if arguments.fsdp and arguments.world_size == 1:
+        raise UserError("fsdp needs several processes: start with torchrun --nproc-per-node N, or leave it out")
     stack, adapters = _resolved(arguments)
     # 16-bit weights are too coarse to be trained themselves.
     loaded = load_stack(stack, merge=True, dtype=dtype if arguments.lora_r else torch.float32, head=head)

@@ -50,12 +50,10 @@ def settle(arguments: TrainingArguments, stage: str, transformers_own: Callable[
     settle_on_cpu(arguments)
     if arguments.use_cpu:
         _require_no_gpu(arguments)
-    for name in ("fsdp", "ddp_backend") if _started() == 1 else ():
-        if getattr(arguments, name):
-            raise UserError(
-                f"{name}={getattr(arguments, name)} needs several processes: start with torchrun "
-                "--nproc-per-node N, or leave it out"
-            )
+    if arguments.ddp_backend and _started() == 1:
+        raise UserError(
+            f"ddp_backend={arguments.ddp_backend} needs several processes: start with torchrun, or leave it out"
+        )
     with _in_one_sentence(arguments):
         transformers_own()
     require_joined(arguments)
@@ -103,7 +101,7 @@ def _is_default(value: Any, item: dataclasses.Field[Any]) -> bool:
     default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
     if default is None and hasattr(value, "to_dict"):  # transformers makes an object of what is left out
         default = type(value)()
-    return bool(value == default)
+    return bool(value == default) or (default is None and not value)
 
 
 def _shown(name: str, value: Any) -> Any:

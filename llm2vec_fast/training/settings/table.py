@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm2vec_fast.errors import UserError
 
-from .verdicts import STAGES, VERDICTS, Kind, Verdict
+from .verdicts import STAGES, VERDICTS, Verdict
 
 BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"
 
@@ -44,7 +44,7 @@ def _notes(of: dict[str, Verdict]) -> str:
     for stage, verdict in of.items():
         parts = [verdict.note] if verdict.note else []
         parts += [f"does nothing without {' or '.join(verdict.needs)}"] if verdict.needs else []
-        if verdict.kind is Kind.REFUSED and any(verdict.passes):
+        if verdict.passes:
             parts.append(f"{', '.join(verdict.passes)} is honoured")
         said.setdefault("; ".join(parts), []).append(stage)
     return ". ".join(

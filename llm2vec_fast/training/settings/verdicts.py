@@ -72,7 +72,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "lr_scheduler_kwargs": _honoured(),
     "warmup_steps": _honoured("below 1 a share of the run; a warning where the run ends before it does"),
     "warmup_ratio": _honoured("older transformers: sets warmup_steps"),
-    "optim": _honoured("one whose package is missing is refused at the start"),
+    "optim": _honoured("one whose package is missing is refused"),
     "optim_args": _honoured("a warning where the optimizer reads none of them"),
     "optim_target_modules": _honoured("a warning where the optimizer does not read it"),
     "weight_decay": _honoured("not on biases, norms and a learned scale"),
@@ -119,7 +119,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
         **_honoured("", "activation_checkpointing", "gradient_checkpointing"),
         **_refused(_HEAD, WORD_LEVEL),
     },
-    "torch_compile": _honoured("packing has this library's speed without it; each new batch size compiles again"),
+    "torch_compile": _honoured("the operations are fused without it; a batch of a new size compiles again"),
     "torch_compile_backend": _honoured("switches torch_compile on"),
     "torch_compile_mode": _honoured("switches torch_compile on"),
     "use_liger_kernel": _refused("this library's own operations stand in those places: leave it out"),
@@ -144,7 +144,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "log_level": _honoured("of transformers' own messages"),
     "log_level_replica": _honoured("of transformers' own messages"),
     "disable_tqdm": _honoured(),
-    "report_to": _honoured("one whose package is missing is refused at the start"),
+    "report_to": _honoured("one whose package is missing is refused"),
     "run_name": _honoured("", "report_to"),
     "project": _honoured("", "report_to"),
     "trackio_space_id": _honoured("", "report_to"),
@@ -171,7 +171,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "save_total_limit": _honoured(),
     "save_on_each_node": _honoured("checkpoints; the encoder is written by the first process"),
     "save_only_model": _honoured("no run goes on from such a checkpoint"),
-    "enable_jit_checkpoint": _honoured(),
+    "enable_jit_checkpoint": _honoured("the signal ends the run with a checkpoint; the same command goes on"),
     "load_best_model_at_end": _honoured("refused without validation_file and eval_strategy"),
     "metric_for_best_model": _honoured("; ".join(f"{stage}: {', '.join(names)}" for stage, names in METRICS.items())),
     "greater_is_better": _honoured(),
@@ -210,7 +210,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "use_cpu": _honoured("set where there is no accelerator"),
     "local_rank": _honoured("a launcher sets it"),
     "accelerator_config": _honoured(
-        "but split_batches, dispatch_batches, even_batches and num_steps, which change batches and are refused"
+        "split_batches, dispatch_batches, even_batches=False and num_steps change batches and are refused"
     ),
     "parallelism_config": _refused(f"{_PACKED}, which only data parallelism and fsdp take whole"),
     "ddp_find_unused_parameters": _honoured(_SEVERAL),
@@ -219,7 +219,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "ddp_static_graph": _honoured(_SEVERAL),
     "ddp_backend": _honoured("refused with one process"),
     "ddp_timeout": _honoured(_SEVERAL),
-    "fsdp": {**_honoured("refused with one process"), **_refused(_HEAD, WORD_LEVEL, passes=(False,))},
+    "fsdp": {**_honoured("refused with one process"), **_refused(_HEAD, WORD_LEVEL)},
     "fsdp_config": {**_honoured("", "fsdp"), **_refused(_HEAD, WORD_LEVEL)},
     "deepspeed": {**_honoured(), **_refused(_HEAD, WORD_LEVEL)},
     # What a stage does by itself

@@ -11,8 +11,9 @@ import yaml
 from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments, require_joined
+from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments
 from llm2vec_fast.training.config import own_options, read_arguments, ready_configs, write_arguments
+from llm2vec_fast.training.settings.checks import require_joined
 from llm2vec_fast.training.word_level import WordLevelArguments
 
 NEEDED = "model_name_or_path: model\ntrain_file: [a.txt, b.txt]\noutput_dir: out\nuse_cpu: true\n"
