@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
@@ -24,6 +26,8 @@ from llm2vec_fast.training import (
     train_simcse,
     train_word_level,
 )
+from llm2vec_fast.training.mntp import MntpCollator
+from llm2vec_fast.training.models import load_model
 from llm2vec_fast.training.settings.verdicts import CONTRASTIVE, MNTP, SIMCSE, STAGES, VERDICTS, WORD_LEVEL, Kind
 
 RUN = {
@@ -206,3 +210,23 @@ def test_the_best_checkpoint_is_kept(stage: str, make: Make, tmp_path: Path) -> 
     assert sorted(map(str, (x.double().norm().item() for x in ours.values()))) == sorted(
         map(str, (x.double().norm().item() for x in kept.values()))
     )
+
+
+def test_smoothed_labels_give_the_loss_of_pytorchs_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On hidden tokens alone, each from the output before it: the first step's, as the log has it."""
+    batches: list[dict[str, Tensor]] = []
+    collate = MntpCollator.__call__
+
+    def kept(collator: MntpCollator, rows: Any) -> dict[str, Tensor]:
+        batches.append(collate(collator, rows))
+        return dict(batches[-1])
+
+    monkeypatch.setattr(MntpCollator, "__call__", kept)
+    arguments = make(MNTP, label_smoothing_factor=0.3, max_steps=1)
+    loss = train_mntp(arguments).training_loss
+    stage, batch = load_model(arguments, head=True), batches[0]
+    logits = stage.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    expected = cross_entropy(logits[0, :-1], batch["labels"][0, 1:], ignore_index=-100, label_smoothing=0.3)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    plain = cross_entropy(logits[0, :-1], batch["labels"][0, 1:], ignore_index=-100)
+    assert loss != pytest.approx(plain.item(), rel=1e-3)
