@@ -35,7 +35,8 @@ def add_noise(model: nn.Module, alpha: float) -> None:
 @cache
 def _noisy(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def forward(self: PreTrainedModel, **batch: Any) -> ModelOutput:
-        self._noise.layout = batch["layout"]  # that of a piece, where a batch is embedded in pieces
+        if self.training:  # another thread may encode with a replica meanwhile
+            self._noise.layout = batch["layout"]  # that of a piece, where a batch is embedded in pieces
         return stock.forward(self, **batch)
 
     return subclass(stock, forward)
