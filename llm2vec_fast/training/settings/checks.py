@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
-from transformers import TrainingArguments
+from transformers import TrainingArguments, trainer_pt_utils
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.loading import best_device
@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 # Of accelerate's own settings those that change which rows make a batch: packed rows are neither cut nor dealt out.
 _CHANGE_BATCHES = {"split_batches": (False,), "dispatch_batches": (None, False), "even_batches": (True,)}
 _OF_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
-_SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
+_SAMPLING = ("random", "sequential", "group_by_length")
+if hasattr(trainer_pt_utils, "BatchRebalanceSampler"):  # an older transformers takes any other word for random
+    _SAMPLING += ("batch_rebalance",)
 _OF_OPTIMIZERS = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 _WITHOUT_KWARGS = ("constant", "constant_with_warmup")

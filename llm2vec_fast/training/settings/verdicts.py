@@ -220,7 +220,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "ddp_backend": _honoured("refused with one process"),
     "ddp_timeout": _honoured(_SEVERAL),
     "fsdp": {**_honoured("refused with one process"), **_refused(_HEAD, WORD_LEVEL)},
-    "fsdp_config": {**_honoured("", "fsdp"), **_refused(_HEAD, WORD_LEVEL)},
+    "fsdp_config": _honoured("", "fsdp"),
     "deepspeed": {**_honoured(), **_refused(_HEAD, WORD_LEVEL)},
     # What a stage does by itself
     "do_train": _honoured("a stage trains"),

@@ -73,7 +73,6 @@ def test_activations_are_offloaded_from_a_gpu_alone(kwargs: str, settings: Setti
         ({"run_name": "x"}, "run_name=x does nothing without report_to"),
         ({"optim_args": "momentum=0.9"}, "optim_args=momentum=0.9 does nothing: optim=adamw_torch_fused does not"),
         ({"optim": "sgd", "adam_beta1": 0.5}, "adam_beta1=0.5 does nothing: optim=sgd does not read it"),
-        ({"optim": "sgd", "optim_args": "momentum=0.9"}, None),
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "warmup_steps=5 does nothing: lr_scheduler_type=con"),
         ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}, None),
     ],

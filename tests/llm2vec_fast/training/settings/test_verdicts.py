@@ -48,7 +48,7 @@ OTHER: dict[str, Any] = {
     "hub_strategy": "end", "hub_token": "secret", "hub_private_repo": True, "hub_always_push": True,
     "hub_revision": "x", "dataloader_drop_last": True, "remove_unused_columns": True, "bf16_full_eval": True,
     "fp16_full_eval": True, "train_sampling_strategy": "group_by_length", "length_column_name": "n",
-    "parallelism_config": object(), "fsdp": True, "fsdp_config": {"min_num_params": 1}, "deepspeed": {"a": 1},
+    "parallelism_config": object(), "fsdp": True, "deepspeed": {"a": 1},
     "do_predict": True,
 }  # fmt: skip
 INSTALLED = {item.name for item in dataclasses.fields(TrainingArguments) if item.init}
@@ -105,8 +105,8 @@ def test_defaults_and_what_is_switched_off_ask_for_nothing(make: Make, caplog: p
     off = {"gradient_checkpointing": False, "fsdp": "", "fsdp_config": {}, "push_to_hub": False, "optim_args": ""}
     for stage in STAGES:
         dataclasses.replace(make(stage, **off))  # and neither do arguments that were settled before
-    assert "does nothing" not in caplog.text
-    assert "passed on" not in caplog.text
+    told = [line for line in caplog.messages if not line.startswith("fsdp_config=")]  # transformers 5.2 fills it in
+    assert told == []
 
 
 EVALUATED = {"validation_file": "ITS FILE", "eval_strategy": "steps", "eval_steps": 1}
@@ -132,7 +132,6 @@ ONLY_IN_MNTP: dict[str, dict[str, dict[str, Any]]] = {
         "lr_scheduler_kwargs": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 3.0}},
         "warmup_steps": {"warmup_steps": 0.6},
         "optim": {"optim": "adafactor"},
-        "optim_args": {"optim": "sgd", "optim_args": "momentum=0.9"},
         "adam_beta1": {"adam_beta1": 0.5},
         "adam_beta2": {"adam_beta2": 0.5},
         "adam_epsilon": {"adam_epsilon": 0.1},
