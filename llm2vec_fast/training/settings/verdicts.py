@@ -163,7 +163,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "include_for_metrics": _refused("metrics are the stage's own and take no more: leave it out"),
     "batch_eval_metrics": _refused("metrics are summed over all batches: leave it out"),
     "eval_do_concat_batches": _refused("metrics are summed over all batches: leave it out"),
-    "eval_use_gather_object": _refused("what an evaluation gathers are tensors: leave it out"),
+    "eval_use_gather_object": _refused("an evaluation gathers tensors alone: leave it out"),
     "label_names": _no_effect("batches are the stage's own"),
     # Checkpoints
     "save_strategy": _honoured("best needs validation_file, eval_strategy and metric_for_best_model"),
@@ -190,8 +190,8 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "data_seed": _honoured("order and draws of the data; seed without it"),
     "full_determinism": _honoured(),
     "dataloader_drop_last": {
-        **_honoured("of evaluations, too; in simcse and contrastive batches are whole in training in any case"),
-        **_refused("every word has to be predicted: leave it out", WORD_LEVEL),
+        **_honoured("in training; an evaluation counts every row"),
+        **_no_effect("batches are whole in training, and an evaluation counts every row", SIMCSE, CONTRASTIVE),
     },
     "dataloader_num_workers": _honoured(),
     "dataloader_pin_memory": _honoured("off on a CPU"),

@@ -121,7 +121,7 @@ OTHER_WEIGHTS: dict[str, dict[str, Any]] = {
     "data_seed": {"data_seed": 7},
 }
 SAME_WEIGHTS: dict[str, dict[str, Any]] = {
-    "dataloader_num_workers": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    "dataloader_num_workers": {"dataloader_num_workers": 1},
     "eval_strategy": {**EVALUATED, **CHECKPOINTED, "eval_on_start": True, "eval_accumulation_steps": 1},
 }
 ONLY_IN_MNTP: dict[str, dict[str, dict[str, Any]]] = {
