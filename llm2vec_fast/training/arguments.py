@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,9 +12,16 @@ from transformers import TrainingArguments
 from llm2vec_fast.data.delimited import Csv
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.kernels.pooling import POOLING_MODES
-from llm2vec_fast.loading import best_device
 from llm2vec_fast.precision import DTYPES
 from llm2vec_fast.training.masking import MASK_TOKENS, MASKINGS
+from llm2vec_fast.training.settings.checks import (
+    require_choice,
+    require_output,
+    require_positive,
+    require_share,
+    require_usable_run,
+    settle,
+)
 
 # The projections that the paper adapts, all of Llama's; other families name them alike or fuse them.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,7 +37,7 @@ STEPS_HELP = (
 
 @dataclass
 class StageArguments(TrainingArguments):
-    """What every stage takes, beside all of transformers' TrainingArguments.
+    """What every stage takes, beside transformers' TrainingArguments.
 
     Raises:
         UserError: a value is missing or out of range.
@@ -124,12 +130,7 @@ class StageArguments(TrainingArguments):
         require_positive("lora_alpha", self.lora_alpha)
         require_share("lora_dropout", self.lora_dropout)
         require_choice("model_dtype", self.model_dtype, ("auto", *DTYPES))
-        require_usable_run(self)
-        settle_on_cpu(self)
-        if str(self.fsdp).lower() in ("true", "false"):  # transformers knows a bare --fsdp, and not --fsdp true
-            self.fsdp = str(self.fsdp).lower() == "true"
-        super().__post_init__()
-        require_joined(self)
+        settle(self, self.STAGE, super().__post_init__)
         if self.n_gpu > 1:  # transformers would cut batches along their first dimension, and a packed one has no such
             self._n_gpu = 1
 
@@ -327,7 +328,10 @@ class ContrastiveArguments(EmbeddingArguments):
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Queries of a step."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Queries of an evaluation step."})
     learning_rate: float = field(default=2e-4, metadata={"help": "The largest learning rate."})
-    warmup_steps: float = field(default=300, metadata={"help": "Steps in which the learning rate rises to it."})
+    warmup_steps: float = field(
+        default=0.3,
+        metadata={"help": "Steps in which the learning rate rises to it, or below 1 a share of all: the paper's 300."},
+    )
     max_steps: int = field(default=1000, metadata={"help": STEPS_HELP})
 
     def __post_init__(self) -> None:
@@ -338,66 +342,3 @@ class ContrastiveArguments(EmbeddingArguments):
         if self.negatives < 0:
             raise UserError(f"negatives={self.negatives} is negative: give the hard negatives of a query, or 0")
         super().__post_init__()
-
-
-def require_output(arguments: TrainingArguments) -> None:
-    """transformers would take a folder of its own."""
-    if not arguments.output_dir:
-        raise UserError("output_dir is not given: name the folder for what comes out")
-
-
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name}={value} is unknown: choose one of {', '.join(choices)}")
-
-
-def require_positive(name: str, value: int | None) -> None:
-    """None passes: it is what a setting that is left out is."""
-    if value is not None and value < 1:
-        raise UserError(f"{name}={value} is not positive: give at least 1, or leave it out")
-
-
-def require_usable_run(arguments: TrainingArguments) -> None:
-    """What transformers' own settings can be; it would train nothing, or fail far from here.
-
-    Raises:
-        UserError: one is out of range.
-    """
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        require_positive(name, getattr(arguments, name))
-    if arguments.max_steps != -1:
-        require_positive("max_steps", arguments.max_steps)
-    elif not 0 < arguments.num_train_epochs < math.inf:
-        raise UserError(f"num_train_epochs={arguments.num_train_epochs} is not positive: give the rounds to train")
-    if not arguments.learning_rate >= 0:  # NaN, too
-        raise UserError(f"learning_rate={arguments.learning_rate} is not a rate: give a number from 0")
-    for name in ("seed", "data_seed"):
-        if not 0 <= (getattr(arguments, name) or 0) < 2**32:
-            raise UserError(f"{name}={getattr(arguments, name)} is not a seed: give a number from 0 to below 2**32")
-
-
-def settle_on_cpu(arguments: TrainingArguments) -> None:
-    """Where there is no accelerator, ask for the CPU: only then does accelerate join the processes of a launcher.
-
-    What is set here is kept by name in ``settled``: it is this machine's, and not the run's.
-    """
-    before = arguments.use_cpu, arguments.dataloader_pin_memory
-    arguments.use_cpu = arguments.use_cpu or best_device().type == "cpu"
-    arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and not arguments.use_cpu
-    now = {"use_cpu": arguments.use_cpu, "dataloader_pin_memory": arguments.dataloader_pin_memory}
-    arguments.settled = [name for (name, value), old in zip(now.items(), before, strict=True) if value != old]
-
-
-def require_joined(arguments: TrainingArguments) -> None:
-    """Refuse processes that would each train alone, into the same folder."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != arguments.world_size:
-        raise UserError(
-            f"{started} processes were started and {arguments.world_size} would train together on {arguments.device}: "
-            "give --use_cpu true, or start one"
-        )
-
-
-def require_share(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UserError(f"{name}={value} is not a share: give a number from 0 to below 1")

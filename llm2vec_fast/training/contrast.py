@@ -97,6 +97,10 @@ class ContrastiveTrainer(StageTrainer):
             logger.warning("eval_loss is 0: no batch of the validation files leaves a query a negative")
         super().log({**logs, **learned}, *args, **kwargs)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """See transformers' Trainer: neither is the learned scale drawn towards zero, as no bias is."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(LOG_SCALE)]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> OneSetAtATime:
         return self._sampler
 

@@ -35,6 +35,7 @@ from llm2vec_fast.loading.stack import Stack
 from llm2vec_fast.precision import choose_dtype
 from llm2vec_fast.training.arguments import LORA_TARGETS, StageArguments
 from llm2vec_fast.training.embedding import TRAINING
+from llm2vec_fast.training.neftune import add_noise
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
     if arguments.lora_r and arguments.gradient_checkpointing:
         model.enable_input_require_grads()
     accelerate(model, owner=TRAINING)
+    if arguments.neftune_noise_alpha is not None:
+        add_noise(model, arguments.neftune_noise_alpha)
     return StageModel(model, loaded.tokenizer, loaded.checkpoint, updates)
 
 

@@ -16,6 +16,7 @@ import psutil
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,6 +30,7 @@ from llm2vec_fast.training.models import StageModel
 from llm2vec_fast.training.output import save_encoder
 from llm2vec_fast.training.resuming import checkpoint_to_resume, is_done, is_sharded
 from llm2vec_fast.training.sampling import EverySetOnce, without_repeats
+from llm2vec_fast.training.settings.checks import tell_of_warmup
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,15 @@ class StageTrainer(Trainer):
     """
 
     unit = "sequences"  # what ``rows`` of a batch are the numbers of
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.neftune_noise_alpha = None  # it is in the model; transformers' own takes a packed batch for one sequence
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> LRScheduler:
+        """See transformers' Trainer; tells where the learning rate will not become what was asked for."""
+        tell_of_warmup(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """As transformers makes it, but no row comes twice: accelerate would fill the last batches up with rows.
@@ -204,6 +215,8 @@ def trained(trainer: StageTrainer, arguments: StageArguments, last: str | None) 
     if last is not None and trainer.is_world_process_zero():
         logger.warning("goes on from %s", last)
     result = trainer.train(resume_from_checkpoint=last)
+    if callable(getattr(trainer.optimizer, "eval", None)):
+        trainer.optimizer.eval()  # a schedule-free one gives the weights that it came to, not those it steps from
     trainer.save_training_metrics(result.metrics)
     trainer.save_state()
     return result

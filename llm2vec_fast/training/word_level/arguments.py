@@ -9,14 +9,12 @@ from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.precision import DTYPES
-from llm2vec_fast.training.arguments import (
+from llm2vec_fast.training.settings.checks import (
     require_choice,
-    require_joined,
     require_output,
     require_positive,
     require_share,
-    require_usable_run,
-    settle_on_cpu,
+    settle,
 )
 
 LABEL_FROM = ("same_token", "next_token")
@@ -91,7 +89,4 @@ class WordLevelArguments(TrainingArguments):
         require_positive("token_budget", self.token_budget)
         require_share("classifier_dropout", self.classifier_dropout)
         require_output(self)
-        require_usable_run(self)
-        settle_on_cpu(self)
-        super().__post_init__()
-        require_joined(self)
+        settle(self, self.STAGE, super().__post_init__)

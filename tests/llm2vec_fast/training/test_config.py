@@ -11,8 +11,9 @@ import yaml
 from transformers import TrainingArguments
 
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments, require_joined
+from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments
 from llm2vec_fast.training.config import own_options, read_arguments, ready_configs, write_arguments
+from llm2vec_fast.training.settings.checks import require_joined
 from llm2vec_fast.training.word_level import WordLevelArguments
 
 NEEDED = "model_name_or_path: model\ntrain_file: [a.txt, b.txt]\noutput_dir: out\nuse_cpu: true\n"
@@ -58,7 +59,7 @@ def test_tokens_of_the_hub_are_not_written(config: Path, tmp_path: Path) -> None
     assert "token" not in written
 
 
-OBJECT = '{"even_batches": false, "gradient_accumulation_kwargs": {"sync_each_batch": true}}'
+OBJECT = '{"non_blocking": true, "gradient_accumulation_kwargs": {"sync_each_batch": true}}'
 
 
 @pytest.mark.parametrize("given", [None, OBJECT])
@@ -68,7 +69,7 @@ def test_settings_that_are_objects_are_written_and_read_back(config: Path, tmp_p
     write_arguments(arguments, tmp_path)
     again = read_arguments(MntpArguments, tmp_path / "training_config.yaml")
     assert again.accelerator_config.to_dict() == arguments.accelerator_config.to_dict()
-    assert again.accelerator_config.even_batches is (given is None)
+    assert again.accelerator_config.non_blocking is (given is not None)
     assert ("accelerator_config" in (tmp_path / "training_config.yaml").read_text()) is (given is not None)
 
 
@@ -189,7 +190,7 @@ def test_ready_configurations_have_the_papers_rank_or_save_an_adapter_of_it(name
     ("stage", "name", "expected"),
     [
         ("simcse", "llama-2-7b", {"learning_rate": 3e-5, "scale": 20, "attention_dropout": 0.3, "max_seq_length": 128}),
-        ("contrastive", "mistral-7b", {"learning_rate": 2e-4, "scale": 50, "warmup_steps": 300, "max_steps": 1000}),
+        ("contrastive", "mistral-7b", {"learning_rate": 2e-4, "scale": 50, "max_steps": 1000}),
     ],
 )
 def test_the_papers_settings(stage: str, name: str, expected: dict[str, object]) -> None:
@@ -198,6 +199,7 @@ def test_the_papers_settings(stage: str, name: str, expected: dict[str, object])
     for config in (name, None):
         arguments = read_arguments(KINDS[stage], config, needed)
         assert {key: getattr(arguments, key) for key in expected} == expected
+        assert arguments.get_warmup_steps(arguments.max_steps) == (300 if stage == "contrastive" else 0)
 
 
 def test_one_value_or_several_is_a_list(tmp_path: Path) -> None:
@@ -215,7 +217,8 @@ def test_values_of_a_file_are_read_as_on_the_command_line(tmp_path: Path) -> Non
     path = tmp_path / "config.yaml"
     path.write_text(
         NEEDED + "save_strategy: no\ntext_column: 3\nline_by_line: 'yes'\nlearning_rate: 1\n"
-        "lora_target_modules: q_proj\nlora_alpha:\nlr_scheduler_kwargs: {num_cycles: 2}\ninclude_for_metrics: []\n"
+        "lora_target_modules: q_proj\nlora_alpha:\ninclude_for_metrics: []\n"
+        "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}\n"
     )
     arguments = read_arguments(MntpArguments, path)
     assert arguments.save_strategy == "no"

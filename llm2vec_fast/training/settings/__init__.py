@@ -1,0 +1,1 @@
+"""transformers' TrainingArguments in this library's stages: what is honoured, refused, or has no effect."""
