@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
-    "adapters": ("adapter_weights", "merged", "put_on"),
+    "adapters": ("adapter_weights", "merged", "put_on", "wrapped_in"),
     "devices": ("best_device", "placement"),
     "files": ("ADAPTER_WEIGHTS", "CONFIG", "SETTINGS_FILE", "Source"),
     "hub": ("HubOptions", "locate"),

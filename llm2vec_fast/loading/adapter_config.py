@@ -60,6 +60,11 @@ _INERT = {
     "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
+# Of those that decide it, the ones that an adapter of nothing but low-rank products may have.
+_ADDITIVE = {
+    "alpha_pattern", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "r", "rank_pattern", "target_modules", "use_rslora",
+}  # fmt: skip
 # The first weights of an adapter are overwritten by those of its file; other beginnings change the base's as well.
 _HARMLESS_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
@@ -73,15 +78,15 @@ def lora_config_of(found: Mapping[str, Any], adapter: str) -> LoraConfig:
     kind = found.get("peft_type", "LORA")
     if kind != "LORA":
         raise ModelLoadError(
-            f"the adapter {adapter} is of type {kind} and only LORA is read: merge it with peft's merge_and_unload() "
-            "and pass the model that comes out"
+            f"the adapter {adapter} is of type {kind} and only LORA is read: merge it with peft's merge_and_unload(), "
+            "where peft can, and pass the model that comes out"
         )
     given = {name: value for name, value in found.items() if not _is_empty(value) or name == "bias"}
     for name, value in given.items():
         if name not in _HONOURED and name not in _INERT:
             raise ModelLoadError(
                 f"the adapter {adapter} asks for {name}={value!r}, which is not computed here: merge it with peft's "
-                "merge_and_unload() and pass the model that comes out"
+                "merge_and_unload(), where peft can, and pass the model that comes out"
             )
         if name in _HONOURED and not _HONOURED[name](value):
             raise ModelLoadError(f"the adapter {adapter} has {name}={value!r} in its configuration: that is damaged")
@@ -93,6 +98,11 @@ def lora_config_of(found: Mapping[str, Any], adapter: str) -> LoraConfig:
         )
     settings = {name: value for name, value in given.items() if name in _HONOURED}
     return LoraConfig(**settings, inference_mode=True)
+
+
+def is_additive(setting: str) -> bool:
+    """Whether a setting leaves an adapter one of low-rank products, whatever its value; for messages."""
+    return setting in _ADDITIVE or setting in _INERT
 
 
 def _is_empty(value: Any) -> bool:

@@ -72,6 +72,34 @@ def fitted(
     )
 
 
+def named_for_body(config: LoraConfig, plan: Plan, body: nn.Module, model: str) -> LoraConfig:
+    """A configuration that does to a bare body what the adapter on it does, however ``config`` names its layers.
+
+    Args:
+        config: of the adapter, as peft put it on.
+        plan: rank and alpha of each layer that it has, by the layer's name in the body; a head's by its own.
+        body: with the adapter on it.
+        model: its name, for messages.
+    """
+    of_body = {name for name, _ in body.named_modules()}
+    wanted = {name: x for name, x in plan.items() if name in of_body}
+    if _plan_under_adapter(config, body) == wanted:
+        return replace(config)
+    explicit = _explicit(config, plan)
+    if _plan_under_adapter(explicit, body) != wanted:
+        raise ModelLoadError(f"the adapter cannot be written for {model} alone: its layers' names clash")
+    return explicit
+
+
+def _plan_under_adapter(config: LoraConfig, body: nn.Module) -> Plan:
+    def bare(name: str) -> str | None:
+        parts = name.split(".")
+        own = any(part.startswith("lora_") for part in parts)
+        return None if own else ".".join(part for part in parts if part != "base_layer")
+
+    return {bare(name): x for name, x in _plan(config, body, bare).items()}
+
+
 def _prefix_here(model: nn.Module) -> str:
     decoder = decoder_of(model)
     return next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
@@ -182,18 +210,23 @@ def _expressed(config: LoraConfig, wanted: Plan, model: nn.Module, names: Names,
     config = replace(config, modules_to_save=saved, trainable_token_indices=tokens)
     if _plan(config, model, lambda name: name) == wanted:
         return config
-    explicit = replace(
-        config,
-        target_modules=sorted(wanted),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        rank_pattern={name: rank for name, (rank, _) in wanted.items() if rank != config.r},
-        alpha_pattern={name: alpha for name, (_, alpha) in wanted.items() if alpha != config.lora_alpha},
-    )
+    explicit = _explicit(config, wanted)
     if _plan(explicit, model, lambda name: name) != wanted:
         raise ModelLoadError(f"the adapter {adapter} cannot be put on {type(model).__name__}: its layers' names clash")
     return explicit
+
+
+def _explicit(config: LoraConfig, plan: Plan) -> LoraConfig:
+    """With every layer by its whole name."""
+    return replace(
+        config,
+        target_modules=sorted(plan),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={name: rank for name, (rank, _) in plan.items() if rank != config.r},
+        alpha_pattern={name: alpha for name, (_, alpha) in plan.items() if alpha != config.lora_alpha},
+    )
 
 
 def _saved_modules(config: LoraConfig, model: nn.Module, names: Names, adapter: str) -> list[str] | None:

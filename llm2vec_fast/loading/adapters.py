@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -33,18 +35,22 @@ def put_on(model: nn.Module, adapter: Source) -> PeftModel:
     if found is None:
         raise ModelLoadError(f"the adapter {adapter.name} has no {ADAPTER_CONFIG}: pass the folder that holds it")
     _refuse_other_family(found, model, adapter.name)
-    weights = _weights(adapter)
+    return wrapped_in(model, found, _weights(adapter), adapter.name)
+
+
+def wrapped_in(model: nn.Module, found: Mapping[str, Any], weights: Mapping[str, Tensor], adapter: str) -> PeftModel:
+    """`put_on` of an adapter's configuration and weights, as its files have them."""
     try:
-        config, names = fitted(lora_config_of(found, adapter.name), weights, model, adapter.name)
+        config, names = fitted(lora_config_of(found, adapter), weights, model, adapter)
         config.base_model_name_or_path = model.name_or_path  # which may have moved since
         with quiet():
             wrapped = get_peft_model(model, config)
-            _fill(wrapped, {new: weights[old] for old, new in names.items()}, adapter.name)
+            _fill(wrapped, {new: weights[old] for old, new in names.items()}, adapter)
     except ModelLoadError:
         raise
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, re.error) as error:
         # peft's of layers of other names and weights of another shape, re's of a pattern that is none
-        raise ModelLoadError(f"the adapter {adapter.name} does not fit this base: {one_line(error)}") from error
+        raise ModelLoadError(f"the adapter {adapter} does not fit this base: {one_line(error)}") from error
     return wrapped.eval()
 
 

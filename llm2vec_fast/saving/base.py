@@ -22,7 +22,8 @@ from llm2vec_fast.loading import (
     put_on,
     same,
 )
-from llm2vec_fast.loading.lowrank import Update, is_plain, updates_in
+from llm2vec_fast.loading.joinable import merged_with_update
+from llm2vec_fast.loading.lowrank import Update
 
 MERGE = "save(folder, merge_before_save=True) writes the whole model"
 
@@ -60,12 +61,25 @@ def _first_difference(model: nn.Module, origin: Origin) -> str | None:
             return first_difference(decoder_of(model), origin.decoder, dtype)
         except LookupError:
             pass  # stored under other names, or quantised
-    return _difference_to(model, _loaded_again(origin)[0], dtype)
+    other = _decoder_again(origin)
+    for adapter in origin.merged:
+        other = merged(put_on(other, adapter))
+    return _difference_to(model, other, dtype)
 
 
-def updates_below(origin: Origin) -> list[Update] | None:
-    """What the adapters that were merged on loading added; None where one of them is not plain LoRA."""
-    return _loaded_again(origin)[1] if origin.merged else []
+def updates_below(origin: Origin) -> list[Update]:
+    """What the adapters that were merged on loading added.
+
+    Raises:
+        NotJoinableError: one of them is not plain LoRA.
+    """
+    if not origin.merged:
+        return []
+    model, updates = _decoder_again(origin), []
+    for adapter in origin.merged:
+        model, update = merged_with_update(model, adapter)
+        updates.append(update)
+    return updates
 
 
 def _guess(model: nn.Module) -> Origin:
@@ -82,18 +96,10 @@ def _guess(model: nn.Module) -> Origin:
     return Origin(source)
 
 
-def _loaded_again(origin: Origin) -> tuple[nn.Module, list[Update] | None]:
+def _decoder_again(origin: Origin) -> nn.Module:
     options: dict[str, Any] = {"dtype": torch.float32, **origin.options}
     options.pop("device_map", None)
-    model: nn.Module = load_decoder(origin.decoder, **options)
-    updates: list[Update] | None = []
-    for adapter in origin.merged:
-        wrapped = put_on(model, adapter)
-        plain = is_plain(wrapped, wrapped.active_adapter)
-        if updates is not None:
-            updates = [*updates, updates_in(decoder_of(wrapped), wrapped.active_adapter)] if plain else None
-        model = merged(wrapped)
-    return model, updates
+    return load_decoder(origin.decoder, **options)
 
 
 def _difference_to(model: nn.Module, other: nn.Module, dtype: torch.dtype | None) -> str | None:

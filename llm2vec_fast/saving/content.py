@@ -27,7 +27,9 @@ from llm2vec_fast.loading import (
     adapter_weights,
     merged,
 )
-from llm2vec_fast.loading.lowrank import Update, is_plain, joined, updates_in
+from llm2vec_fast.loading.body import body_of
+from llm2vec_fast.loading.joinable import NotJoinableError, update_of
+from llm2vec_fast.loading.lowrank import joined
 
 from .base import MERGE, SaveError, base_of_memory, updates_below
 from .folder import write_json
@@ -103,7 +105,7 @@ def write_model(model: nn.Module, folder: Path) -> None:
         config, weights = copy.copy(model.peft_config[names[0]]), adapter_weights(model, names[0])
     else:
         config, weights = _as_one(model, names, origin)
-    _write_adapter(config, weights, decoder_of(model) if not single else model.get_base_model(), origin, folder)
+    _write_adapter(config, weights, body_of(model) if not single else model.get_base_model(), origin, folder)
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -181,13 +183,11 @@ def _scaled_as_configured(model: PeftModel, name: str) -> bool:
 
 def _as_one(model: nn.Module, names: Sequence[str], origin: Origin) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The sum of what was merged on loading and of the active adapters, as training writes it."""
-    odd = next((name for name in names if not is_plain(model, name)), None)
-    below: list[Update] | None = updates_below(origin)
-    if odd is not None or below is None:
-        which = f"the adapter {odd}" if odd is not None else f"one of {', '.join(x.name for x in origin.merged)}"
-        raise SaveError(f"{which} is not plain LoRA and cannot be saved as one with the others: {MERGE}")
-    decoder = decoder_of(model)
-    return joined([*below, *(updates_in(decoder, name) for name in names)], decoder)
+    try:
+        updates = [*updates_below(origin), *(update_of(model, name, name) for name in names)]
+    except NotJoinableError as error:
+        raise SaveError(f"{error.reason}: {MERGE}") from error
+    return joined(updates, body_of(model))
 
 
 def _write_adapter(

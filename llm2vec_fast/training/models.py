@@ -30,12 +30,14 @@ from llm2vec_fast.loading import (
     resolve,
 )
 from llm2vec_fast.loading.files import Source
-from llm2vec_fast.loading.lowrank import Update, update_of
+from llm2vec_fast.loading.joinable import digests, merged_with_update, require_same_base, same_updates, update_of
+from llm2vec_fast.loading.lowrank import Update
 from llm2vec_fast.loading.stack import Stack
 from llm2vec_fast.precision import choose_dtype
 from llm2vec_fast.training.arguments import LORA_TARGETS, StageArguments
 from llm2vec_fast.training.embedding import TRAINING
 from llm2vec_fast.training.neftune import add_noise
+from llm2vec_fast.training.written import require_loadable
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,8 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
 
     Raises:
         ModelLoadError: the model or an adapter is missing, damaged, or made for another base.
-        UserError: an adapter is of a kind that cannot be joined with a new one, or the model has no layer to adapt.
+        UserError: an adapter is of a kind that cannot be joined with a new one, the model has no layer to adapt, or
+            what is trained could not be loaded afterwards.
     """
     set_seed(arguments.seed)  # the adapter's first weights are random
     dtype = choose_dtype(arguments.model_dtype, best_device() if not arguments.use_cpu else torch.device("cpu")).dtype
@@ -78,10 +81,11 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
     model, updates = loaded.model, []
     continued = adapters.pop() if arguments.continue_adapter else None
     for adapter in adapters:
-        wrapped = put_on(model, adapter)
         if arguments.lora_r:
-            updates.append(update_of(wrapped, adapter.name))
-        model = merged(wrapped)
+            model, update = merged_with_update(model, adapter)
+            updates.append(update)
+        else:
+            model = merged(put_on(model, adapter))
     model = make_bidirectional(model)
     if continued is not None:
         model = _trained_on(model, continued, arguments.lora_dropout)
@@ -89,6 +93,7 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
         model = _adapted(model, arguments)
     if arguments.lora_r and arguments.gradient_checkpointing:
         model.enable_input_require_grads()
+    require_loadable(model, updates)
     accelerate(model, owner=TRAINING)
     if arguments.neftune_noise_alpha is not None:
         add_noise(model, arguments.neftune_noise_alpha)
@@ -160,8 +165,9 @@ def _resolved(arguments: StageArguments) -> tuple[Stack, list[Source]]:
 
 def _trained_on(model: nn.Module, adapter: Source, dropout: float) -> PeftModel:
     """The model under an adapter of its own, as far as that was trained."""
+    before = digests(model)
     frozen = put_on(model, adapter)
-    update_of(frozen, adapter.name)  # refuses what is not plain LoRA
+    update = update_of(frozen, frozen.active_adapter, adapter.name)
     config, weights = frozen.active_peft_config, adapter_weights(frozen)
     bare = frozen.unload()
     bare.__dict__.pop("peft_config", None)
@@ -169,6 +175,9 @@ def _trained_on(model: nn.Module, adapter: Source, dropout: float) -> PeftModel:
     with _peft_quiet():
         trained = get_peft_model(bare, config)
     set_peft_model_state_dict(trained, weights)
+    require_same_base(before, trained, adapter.name)
+    if not same_updates(update, update_of(trained, trained.active_adapter, adapter.name)):
+        raise UserError(f"the adapter {adapter.name} cannot be trained on as it is: merge it into its base first")
     return trained
 
 

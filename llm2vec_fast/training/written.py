@@ -1,0 +1,101 @@
+"""What a stage is going to write, known before it trains: an adapter or a model that loads to what was trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
+
+from llm2vec_fast.acceleration.swapping import stock_class
+from llm2vec_fast.bidirectional import decoder_of
+from llm2vec_fast.errors import UserError
+from llm2vec_fast.loading import adapter_weights, origin_of, wrapped_in
+from llm2vec_fast.loading.adapter_names import PREFIX, named_for_body
+from llm2vec_fast.loading.body import body_of, body_prefix
+from llm2vec_fast.loading.lowrank import Update, joined, update_of_weights
+from llm2vec_fast.loading.quiet import quiet
+from llm2vec_fast.training.embedding import LOG_SCALE
+
+
+def adapter_of(
+    model: PeftModel, merged: Sequence[Update], rank: int | None = None, weights: Mapping[str, Tensor] | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The adapter that holds all that the stages learned, for the model that ``AutoModel`` loads from the base.
+
+    Args:
+        model: what is trained.
+        merged: what adapters of earlier stages added to the weights under it.
+        rank: see `joined`.
+        weights: the state dict of ``model`` where its own is not whole, as in a sharded one.
+    """
+    name, body, here = model.active_adapter, body_of(model), PREFIX + body_prefix(model)
+    adapter = {
+        (PREFIX + key.removeprefix(here) if key.startswith(here) else key): x.cpu()
+        for key, x in adapter_weights(model, weights=weights).items()
+    }
+    layers = {
+        key.removeprefix(body_prefix(model)): module
+        for key, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and name in module.lora_A
+    }
+    if merged or rank is not None:
+        scales = {layer: module.scaling[name] for layer, module in layers.items()}
+        config, adapter = joined([*merged, update_of_weights(adapter, scales)], body, rank)
+    else:
+        plan = {layer: (module.r[name], module.lora_alpha[name]) for layer, module in layers.items()}
+        config = named_for_body(model.active_peft_config, plan, body, type(body).__name__)
+    origin = origin_of(model)
+    if origin is not None:  # a folder by its whole path: what is written may be read from anywhere
+        base = origin.decoder
+        config.base_model_name_or_path = base.name if base.commit else str(base.place.absolute())
+        config.revision = base.commit
+    config.inference_mode = True
+    config.auto_mapping = {"base_model_class": type(body).__name__, "parent_library": type(body).__module__}
+    return config, adapter
+
+
+def whole_model(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The decoder, or the model it is in where it cannot be loaded alone, and its weights out of those of ``model``."""
+    target = _loadable(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is target)
+    names = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    return target, {name: x for name, x in names.items() if name.rpartition(".")[2] != LOG_SCALE}
+
+
+def require_loadable(model: nn.Module, merged: Sequence[Update]) -> None:
+    """Refuse to train what could not be loaded afterwards: it is put together as it will be, without weights.
+
+    Raises:
+        UserError: the message names the class of the model, or what has no place in it.
+    """
+    body = _loadable(model) if not isinstance(model, PeftModel) else body_of(model)
+    try:
+        with quiet(), torch.device("meta"):
+            bare = AutoModel.from_config(copy.deepcopy(body.config), attn_implementation="eager")
+    except ValueError as error:
+        raise UserError(
+            f"what is trained of a {type(body).__name__} could not be loaded afterwards, as AutoModel does not know "
+            f"{body.config.model_type}: pass a model that it does"
+        ) from error
+    if not isinstance(model, PeftModel):
+        if type(bare) is not stock_class(body):
+            raise UserError(
+                f"all weights of a {type(body).__name__} cannot be trained, as they would be loaded as "
+                f"{type(bare).__name__}: give lora_r above 0"
+            )
+        return
+    config, weights = adapter_of(model, merged)
+    found = {name: sorted(x) if isinstance(x, set) else x for name, x in config.to_dict().items()}
+    wrapped_in(bare, found, {key: x.to("meta") for key, x in weights.items()}, "to be trained")
+
+
+def _loadable(model: nn.Module) -> PreTrainedModel:
+    decoder = decoder_of(model)
+    known = MODEL_MAPPING.get(type(decoder.config))
+    alone = stock_class(decoder) in (known if isinstance(known, tuple) else (known,))
+    return decoder if alone else body_of(model)
