@@ -127,11 +127,11 @@ def _prefix_there(keys: Iterable[str], decoder: nn.Module, adapter: str) -> str:
 
 def _renamed(key: str, there: str, here: str, model: nn.Module, adapter: str) -> str | None:
     """A weight's name here; None for a head's where there is none."""
+    head = key.removeprefix("model.").split(".")[0]
+    if head in _HEADS and not hasattr(decoder_of(model), head):
+        return key if hasattr(model, head) else None
     if key.startswith(there):
         return here + key.removeprefix(there)
-    head = key.removeprefix("model.").split(".")[0]
-    if head in _HEADS:
-        return key if hasattr(model, head) else None
     outer = there.removesuffix(here) if there.endswith(here) else None
     if outer is not None and key.startswith(outer):
         return key.removeprefix(outer)

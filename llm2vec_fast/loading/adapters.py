@@ -103,9 +103,10 @@ def _fill(wrapped: PeftModel, weights: dict[str, Tensor], adapter: str) -> None:
 
 
 def _is_embedding(key: str, wrapped: PeftModel) -> bool:
-    """Whether a weight is the input embedding's own, of the rows that it has here."""
-    embedding = wrapped.get_base_model().get_input_embeddings()
-    names = [name for name, module in wrapped.get_base_model().named_modules() if module is embedding]
+    """Whether a weight is that of the input embedding or of the output layer themselves."""
+    base = wrapped.get_base_model()
+    both = base.get_input_embeddings(), base.get_output_embeddings()
+    names = [name for name, module in base.named_modules() if any(module is x for x in both)]
     return any(key in (f"{PREFIX}{name}.weight", f"{PREFIX}{name}.base_layer.weight") for name in names)
 
 

@@ -199,11 +199,10 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def _refusal(adapter: str, config: PeftConfig, what: str, remedy: str = _MERGE_FIRST) -> NotJoinableError:
-    usual = type(config)()
     unusual = [
         f", {x.name}={getattr(config, x.name)!r}"
         for x in fields(config)
-        if not is_additive(x.name) and getattr(config, x.name) != getattr(usual, x.name)
+        if not is_additive(x.name) and getattr(config, x.name) != x.default and getattr(config, x.name)
     ]
     kind = config.peft_type.value + "".join(unusual)
     reason = f"the adapter {adapter} ({kind}) is not plain LoRA and cannot be joined with another, as {what}"

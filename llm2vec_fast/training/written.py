@@ -96,6 +96,6 @@ def require_loadable(model: nn.Module, merged: Sequence[Update]) -> None:
 
 def _loadable(model: nn.Module) -> PreTrainedModel:
     decoder = decoder_of(model)
-    known = MODEL_MAPPING.get(type(decoder.config))
+    known = MODEL_MAPPING.get(type(decoder.config), None)
     alone = stock_class(decoder) in (known if isinstance(known, tuple) else (known,))
     return decoder if alone else body_of(model)

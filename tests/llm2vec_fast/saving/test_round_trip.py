@@ -114,7 +114,7 @@ def test_three_on_top_of_each_other(tmp_path, adapters):
 @pytest.mark.parametrize(("first", "second"), [("dora", "plain"), ("plain", "dora"), ("plain", "modules_to_save")])
 def test_what_no_single_adapter_can_say_is_refused_and_can_be_merged(tmp_path, adapters, first, second):
     encoder = load(adapters(first, 1), adapters(second, 2))
-    with pytest.raises(SaveError, match="is not plain LoRA and cannot be joined with another, .*merge_before_save"):
+    with pytest.raises(SaveError, match=r"is not plain LoRA and cannot be joined with another, .*merge_before_save"):
         encoder.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert_comes_back(encoder, tmp_path / "out", merge=True)
