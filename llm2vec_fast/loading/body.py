@@ -7,15 +7,16 @@ from torch import nn
 
 def body_of(model: nn.Module) -> nn.Module:
     """What ``AutoModel`` loads of a model, which may have a head and be inside a peft model; else the model itself."""
-    base = _unwrapped(model)
+    base = unwrapped(model)
     return getattr(base, "base_model", base)
 
 
 def body_prefix(model: nn.Module) -> str:
     """What stands before the names of its body's layers in the names of a model's, as "model." or "gpt_neox."."""
     body = body_of(model)
-    return next(f"{name}." if name else "" for name, module in _unwrapped(model).named_modules() if module is body)
+    return next(f"{name}." if name else "" for name, module in unwrapped(model).named_modules() if module is body)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -86,7 +86,7 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
             updates.append(update)
         else:
             model = merged(put_on(model, adapter))
-    model = make_bidirectional(model)
+    model = make_bidirectional(model.requires_grad_(True))  # an adapter froze what it was merged into
     if continued is not None:
         model = _trained_on(model, continued, arguments.lora_dropout)
     elif arguments.lora_r:

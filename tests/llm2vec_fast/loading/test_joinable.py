@@ -19,7 +19,7 @@ from transformers import AutoModel
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.loading import locate
 from llm2vec_fast.loading.adapter_config import lora_config_of
-from llm2vec_fast.loading.joinable import NotJoinableError, merged_with_update
+from llm2vec_fast.loading.joinable import NotJoinableError, digests, merged_with_update
 from llm2vec_fast.loading.lowrank import Update
 
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -205,3 +205,21 @@ def test_a_kind_to_come_is_found_by_what_it_does(
     monkeypatch.setattr(place, method, faulty)
     with pytest.raises(NotJoinableError, match=message):
         merged_with_update(bare, locate(adapter))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool], ids=str)
+def test_a_digest_tells_tensors_apart(dtype: torch.dtype) -> None:
+    def digest(x: Tensor) -> object:
+        model = nn.Module()
+        model.register_buffer("x", x)
+        return digests(model)["x"]
+
+    whole = torch.randint(0, 2, (3, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = [digest(whole), digest(whole.T), digest(whole.flip(1)), digest(whole.reshape(-1)), digest(whole[0, 0])]
+    for i in range(whole.numel()):
+        changed = whole.clone()
+        changed.view(-1)[i] = 1 - changed.view(-1)[i].int()
+        found.append(digest(changed))
+    assert digest(whole.clone()) == found[0]
+    assert len(set(found)) == len(found)
+    assert len({digest(torch.zeros(n, dtype=dtype)) for n in (0, 1, 2, 70_000)}) == 4

@@ -64,6 +64,15 @@ def test_all_linear_is_pefts(settings: Settings, phi: str, head: bool) -> None:
     assert adapted(load_model(MntpArguments(**given), head=head).model) == FUSED
 
 
+@pytest.mark.parametrize("earlier", [[], [str(FOLDER / "llama-lora")]], ids=["none", "merged"])
+def test_all_weights_are_trained_where_there_is_no_adapter(settings: Settings, earlier: list[str]) -> None:
+    """peft freezes what it puts an adapter on, and leaves it so after merging."""
+    stage = load_model(MntpArguments(**settings(lora_r=0, peft_model_name_or_path=earlier)), head=True)
+    assert all(x.requires_grad for x in stage.model.parameters())
+    adapted = load_model(MntpArguments(**settings(peft_model_name_or_path=earlier)), head=True).model
+    assert {name.split(".")[-3] for name, x in adapted.named_parameters() if x.requires_grad} == {"lora_A", "lora_B"}
+
+
 def test_one_layer_may_be_named_whole(settings: Settings) -> None:
     given = settings(lora_target_modules=["layers.0.self_attn.q_proj", "o_proj"])
     assert adapted(load_model(MntpArguments(**given), head=True).model) == {"q_proj", "o_proj"}
