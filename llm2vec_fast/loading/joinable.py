@@ -29,7 +29,7 @@ from .lowrank import LowRank, Update
 
 Digest = tuple[torch.Size, torch.dtype, tuple[int, ...]]
 Digests = Mapping[str, Digest]  # of each parameter and buffer, by its name without adapters
-_ROWS = 1024  # compared at a time
+_BLOCK = 2**18  # numbers compared at a time: they stay in a core's cache
 _MERGE_FIRST = (
     "merge it into its base first, with LLM2Vec.from_pretrained(...).save(folder, merge_before_save=True), and go on "
     "from that folder"
@@ -163,7 +163,8 @@ def _adds(part: LowRank, module: LoraLayer, merged: LoraLayer, name: str) -> boo
 
     With u the unit roundoff of a dtype, W' the merged weight and r the rank, rounding moves W' by no more than
     (u of the weights + 2 u of float32) |W'| + (r + 4) u of the product's arithmetic · |up| |down|, and the smallest
-    subnormal number (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
+    subnormal number (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). Computing the
+    difference in float32 doubles all but the first; |up| |down| is bounded by norms (Cauchy and Schwarz).
     """
     before, after = (x.get_base_layer().weight.detach() for x in (module, merged))
     if getattr(module, "fan_in_fan_out", False):
@@ -172,15 +173,16 @@ def _adds(part: LowRank, module: LoraLayer, merged: LoraLayer, name: str) -> boo
         return False
     coarse = torch.bfloat16 if torch.get_float32_matmul_precision() != "highest" else torch.float32
     unit_product = max(_unit(module.lora_A[name].weight.dtype), _unit(module.lora_B[name].weight.dtype), _unit(coarse))
-    unit_weight = _unit(before.dtype) + 2 * _unit(torch.float32)
-    least = torch.finfo(before.dtype).tiny * torch.finfo(before.dtype).eps
-    down = part.down.to(before.device, torch.float64)
-    for start in range(0, before.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        up = part.up[rows].to(before.device, torch.float64)
-        old, new = before[rows].double(), after[rows].double()
-        bound = unit_weight * new.abs() + (len(down) + 4) * unit_product * (up.abs() @ down.abs()) + least
-        if not bool(((new - old - up @ down).abs() <= bound).all()):  # NaN is not within it
+    unit_weight = _unit(before.dtype) + 4 * _unit(torch.float32)
+    least = 2 * torch.finfo(before.dtype).tiny * torch.finfo(before.dtype).eps
+    up, down = (x.to(before.device) for x in part)
+    sizes = up.norm(dim=1), down.norm(dim=0) * (2 * (len(down) + 4) * unit_product)
+    rows = max(1, _BLOCK // before.shape[1])
+    for old, new, left, size in zip(*(x.split(rows) for x in (before, after, up, sizes[0])), strict=True):
+        new = new.float()
+        error = torch.addmm(new - old.float(), left, down, alpha=-1).abs_()
+        bound = torch.outer(size, sizes[1]).add_(new.abs_(), alpha=unit_weight).add_(least)
+        if not bool((error <= bound).all()):  # NaN is not within it
             return False
     return True
 
