@@ -93,7 +93,7 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
         model = _adapted(model, arguments)
     if arguments.lora_r and arguments.gradient_checkpointing:
         model.enable_input_require_grads()
-    require_loadable(model, updates)
+    require_loadable(model, updates, arguments.saved_rank)
     accelerate(model, owner=TRAINING)
     if arguments.neftune_noise_alpha is not None:
         add_noise(model, arguments.neftune_noise_alpha)
@@ -104,12 +104,30 @@ def _adapted(model: nn.Module, arguments: StageArguments) -> PeftModel:
     targets = _targets(model, arguments.lora_target_modules)
     try:
         with _peft_quiet():
-            return get_peft_model(model, lora_config(arguments, targets))
+            adapted = get_peft_model(model, lora_config(arguments, targets))
     except ValueError as error:  # peft names the layers that it cannot adapt
         raise UserError(
             f"lora_target_modules={' '.join(arguments.lora_target_modules)} does not fit {type(model).__name__}: "
             f"{' '.join(str(error).split())}"
         ) from error
+    _tell_of_layers_left(adapted, targets)
+    return adapted
+
+
+def _tell_of_layers_left(adapted: PeftModel, targets: list[str] | str) -> None:
+    """Where experts are of one weight, peft adapts that instead of what is named, and leaves layers without experts."""
+    names = [] if isinstance(targets, str) else [f".{target}" for target in targets]
+    left = [
+        name
+        for name, module in adapted.get_base_model().named_modules()
+        if isinstance(module, nn.Linear) and f".{name}".endswith(tuple(names))
+    ]
+    if left:
+        parameters = ", ".join(sorted(adapted.active_peft_config.target_parameters or ()))
+        logger.warning(
+            f"peft adapts {parameters} of the experts instead, and leaves {left[0]} and {len(left) - 1} other linear "
+            "layers as they are"
+        )
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:

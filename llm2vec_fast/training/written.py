@@ -43,11 +43,18 @@ def adapter_of(
         for key, module in model.get_base_model().named_modules()
         if isinstance(module, LoraLayer) and name in module.lora_A
     }
+    experts = next((layer for layer, module in layers.items() if hasattr(module, "parameter_name")), None)
     if merged or rank is not None:
+        if experts is not None:
+            raise UserError(
+                f"the adapter on the parameters of {experts} cannot be joined with another, nor cut to saved_rank: "
+                "name linear layers in lora_target_modules, or merge the earlier adapters into a base and train on that"
+            )
         scales = {layer: module.scaling[name] for layer, module in layers.items()}
         config, adapter = joined([*merged, update_of_weights(adapter, scales)], body, rank)
     else:
-        plan = {layer: (module.r[name], module.lora_alpha[name]) for layer, module in layers.items()}
+        linear = {layer: x for layer, x in layers.items() if not hasattr(x, "parameter_name")}
+        plan = {layer: (x.r[name], x.lora_alpha[name]) for layer, x in linear.items()}
         config = named_for_body(model.active_peft_config, plan, body, type(body).__name__)
     origin = origin_of(model)
     if origin is not None:  # a folder by its whole path: what is written may be read from anywhere
@@ -67,7 +74,7 @@ def whole_model(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[PreTra
     return target, {name: x for name, x in names.items() if name.rpartition(".")[2] != LOG_SCALE}
 
 
-def require_loadable(model: nn.Module, merged: Sequence[Update]) -> None:
+def require_loadable(model: nn.Module, merged: Sequence[Update], rank: int | None = None) -> None:
     """Refuse to train what could not be loaded afterwards: it is put together as it will be, without weights.
 
     Raises:
@@ -89,7 +96,7 @@ def require_loadable(model: nn.Module, merged: Sequence[Update]) -> None:
                 f"{type(bare).__name__}: give lora_r above 0"
             )
         return
-    config, weights = adapter_of(model, merged)
+    config, weights = adapter_of(model, merged, rank)
     found = {name: sorted(x) if isinstance(x, set) else x for name, x in config.to_dict().items()}
     wrapped_in(bare, found, {key: x.to("meta") for key, x in weights.items()}, "to be trained")
 

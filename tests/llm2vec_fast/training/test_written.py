@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoTo
 
 from llm2vec_fast import LLM2Vec
 from llm2vec_fast.bidirectional import decoder_of, make_bidirectional
+from llm2vec_fast.errors import UserError
+from llm2vec_fast.loading import lowrank
 from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.models import StageModel, load_model
 from llm2vec_fast.training.written import adapter_of, whole_model
@@ -35,6 +38,7 @@ FAMILIES = {
     "gpt_bigcode": GPT,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi3": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
 }
 
 
@@ -96,8 +100,9 @@ def assert_loads(stage: StageModel, base: Path, adapter: Path) -> None:
     torch.testing.assert_close(hidden(encoder.model), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["bare", "head"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "head"), [*((family, True) for family in FAMILIES), ("gpt_neox", False), ("opt", False)]
+)
 def test_an_adapter(staged: Callable, bases: Callable, tmp_path: Path, family: str, head: bool) -> None:
     stage = staged(family, head)
     assert_loads(stage, bases(family), saved(stage, tmp_path / "adapter"))
@@ -128,8 +133,9 @@ CONFIGURATIONS = {
 }
 
 
-@pytest.mark.parametrize("below", [False, True], ids=["alone", "on-another"])
-@pytest.mark.parametrize("kind", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    ("kind", "below"), [*((kind, False) for kind in CONFIGURATIONS), ("regex", True), ("output-layer", True)]
+)
 def test_an_adapter_that_names_layers_as_those_under_a_head(
     staged: Callable, bases: Callable, tmp_path: Path, kind: str, below: bool
 ) -> None:
@@ -147,12 +153,7 @@ def test_an_adapter_that_names_layers_as_those_under_a_head(
     assert_loads(stage, bases("llama"), saved(stage, tmp_path / "adapter"))
 
 
-def _tensors(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    yield from ((name, x) for name, x in model.state_dict().items() if name.startswith(prefix))
-
-
-@pytest.mark.parametrize("head", [False, True], ids=["bare", "head"])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "codegen"])
+@pytest.mark.parametrize(("family", "head"), [("llama", True), ("gpt_neox", True), ("opt", True), ("opt", False)])
 def test_all_weights(staged: Callable, tmp_path: Path, family: str, head: bool) -> None:
     stage = staged(family, head, lora_r=0)
     model, weights = whole_model(stage.model, stage.model.state_dict())
@@ -163,6 +164,31 @@ def test_all_weights(staged: Callable, tmp_path: Path, family: str, head: bool) 
     torch.testing.assert_close(hidden(make_bidirectional(stock)), expected, rtol=1e-4, atol=1e-4)
     encoder = LLM2Vec.from_pretrained(tmp_path / "whole", dtype="float32", device="cpu")
     torch.testing.assert_close(hidden(encoder.model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_cannot_be_joined_and_what_is_left_of_them_is_told(
+    staged: Callable, bases: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of experts with one weight for all, peft adapts that, whatever layers are named."""
+    with caplog.at_level(logging.INFO, logger="llm2vec_fast"):
+        experts = staged("qwen3_moe", True)
+    assert "leaves model.layers.0.mlp.gate_proj and 2 other linear layers as they are" in caplog.text
+    attention = staged("qwen3_moe", True, lora_target_modules=["q_proj", "v_proj"])
+    first, second = saved(attention, tmp_path / "attention"), saved(experts, tmp_path / "experts")
+    with pytest.raises(UserError, match=r"on the parameters of layers\.1\.mlp\.experts cannot be joined"):
+        staged("qwen3_moe", True, peft_model_name_or_path=[str(first)])
+    with pytest.raises(UserError, match=r"target_parameters=.* cannot be joined with another"):
+        staged("qwen3_moe", True, peft_model_name_or_path=[str(second)], lora_target_modules=["q_proj"])
+    both = staged("qwen3_moe", True, peft_model_name_or_path=[str(first)], lora_target_modules=["q_proj"])
+    assert_loads(both, bases("qwen3_moe"), saved(both, tmp_path / "both"))
+
+
+def test_what_could_not_be_loaded_is_not_trained(staged: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step: the adapter is put together as it will be and put on an empty model."""
+    stock = lowrank._targets
+    monkeypatch.setattr(lowrank, "_targets", lambda layers, body: [f"model.{name}" for name in stock(layers, body)])
+    with pytest.raises(UserError, match="the adapter to be trained does not fit this base"):
+        staged("llama", True, saved_rank=4)
 
 
 def test_an_adapter_names_its_base_from_anywhere(
