@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
 from llm2vec_fast.errors import ModelLoadError
 
@@ -98,6 +99,12 @@ def lora_config_of(found: Mapping[str, Any], adapter: str) -> LoraConfig:
         )
     settings = {name: value for name, value in given.items() if name in _HONOURED}
     return LoraConfig(**settings, inference_mode=True)
+
+
+def as_saved(config: PeftConfig) -> dict[str, Any]:
+    """A configuration as adapter_config.json has it."""
+    found = {name: sorted(x) if isinstance(x, set) else x for name, x in config.to_dict().items()}
+    return {name: x.value if isinstance(x, Enum) else x for name, x in found.items()}
 
 
 def is_additive(setting: str) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec_fast.bidirectional import decoder_of
+from llm2vec_fast.errors import ModelLoadError
 from llm2vec_fast.loading import (
     ADAPTER_WEIGHTS,
     CAUSAL,
@@ -27,6 +28,7 @@ from llm2vec_fast.loading import (
     adapter_weights,
     merged,
 )
+from llm2vec_fast.loading.adapter_config import as_saved, lora_config_of
 from llm2vec_fast.loading.body import body_of
 from llm2vec_fast.loading.joinable import NotJoinableError, update_of
 from llm2vec_fast.loading.lowrank import joined
@@ -99,6 +101,8 @@ def write_model(model: nn.Module, folder: Path) -> None:
     names = active_adapters(model)
     if any(module.merged for module in _tuners(model)):
         raise SaveError(f"the adapter {names[0]} is merged but still in place: {MERGE}, or call its unmerge_adapter()")
+    for name in names:
+        _require_readable(model, name)
     origin = base_of_memory(model)
     single = isinstance(model, PeftModel) and len(names) == 1 and not origin.merged
     if single and _scaled_as_configured(model, names[0]):
@@ -179,6 +183,17 @@ def _scaled_as_configured(model: PeftModel, name: str) -> bool:
             if abs(module.scaling[name] * rank - module.lora_alpha[name]) > 1e-6 * abs(module.lora_alpha[name]):
                 return False
     return True
+
+
+def _require_readable(model: nn.Module, name: str) -> None:
+    """Refuse an adapter of a kind that is not read here: it would be written and not come back."""
+    config = getattr(model, "peft_config", {}).get(name)
+    try:
+        if config is not None:
+            lora_config_of({**as_saved(config), "init_lora_weights": True}, name)
+    except ModelLoadError as error:
+        reason = str(error).partition(": merge it")[0]
+        raise SaveError(f"{reason} and could not be loaded again: {MERGE}") from error
 
 
 def _as_one(model: nn.Module, names: Sequence[str], origin: Origin) -> tuple[LoraConfig, dict[str, Tensor]]:

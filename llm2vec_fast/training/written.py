@@ -15,6 +15,7 @@ from llm2vec_fast.acceleration.swapping import stock_class
 from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.loading import adapter_weights, origin_of, wrapped_in
+from llm2vec_fast.loading.adapter_config import as_saved
 from llm2vec_fast.loading.adapter_names import PREFIX, named_for_body
 from llm2vec_fast.loading.body import body_of, body_prefix
 from llm2vec_fast.loading.lowrank import Update, joined, update_of_weights
@@ -97,8 +98,7 @@ def require_loadable(model: nn.Module, merged: Sequence[Update], rank: int | Non
             )
         return
     config, weights = adapter_of(model, merged, rank)
-    found = {name: sorted(x) if isinstance(x, set) else x for name, x in config.to_dict().items()}
-    wrapped_in(bare, found, {key: x.to("meta") for key, x in weights.items()}, "to be trained")
+    wrapped_in(bare, as_saved(config), {key: x.to("meta") for key, x in weights.items()}, "to be trained")
 
 
 def _loadable(model: nn.Module) -> PreTrainedModel:
