@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -58,8 +59,9 @@ def merged(wrapped: PeftModel) -> nn.Module:
     """The model alone, its adapter merged into its weights.
 
     Raises:
-        ModelLoadError: peft cannot merge an adapter of this kind.
+        ModelLoadError: peft cannot merge an adapter of this kind, or would merge it into other layers, too.
     """
+    _refuse_shared_weights(wrapped)
     try:
         model = wrapped.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -69,6 +71,22 @@ def merged(wrapped: PeftModel) -> nn.Module:
         ) from error
     model.__dict__.pop("peft_config", None)  # older releases of peft leave it, and take it for an adapter in place
     return model
+
+
+def _refuse_shared_weights(wrapped: PeftModel) -> None:
+    """peft merges into the weight that two layers share what was trained for one of them."""
+    base = wrapped.get_base_model()
+    adapted = {name: x.base_layer for name, x in base.named_modules() if isinstance(x, LoraLayer)}
+    users: dict[int, set[str]] = {}
+    for name, weight in base.named_parameters(remove_duplicate=False):
+        users.setdefault(id(weight), set()).add(name.rpartition(".")[0].removesuffix(".base_layer"))
+    for name, layer in adapted.items():
+        others = users.get(id(getattr(layer, "weight", None)), {name}) - {name}
+        if others:
+            raise ModelLoadError(
+                f"the adapter on {name} cannot be merged into {type(base).__name__}, where {min(others)} shares its "
+                "weight: use it apart (merge_peft=False), or train it again without this layer"
+            )
 
 
 def adapter_weights(wrapped: PeftModel, name: str | None = None, weights: dict[str, Tensor] | None = None) -> dict:

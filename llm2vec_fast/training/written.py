@@ -57,14 +57,19 @@ def adapter_of(
         linear = {layer: x for layer, x in layers.items() if not hasattr(x, "parameter_name")}
         plan = {layer: (x.r[name], x.lora_alpha[name]) for layer, x in linear.items()}
         config = named_for_body(model.active_peft_config, plan, body, type(body).__name__)
-    origin = origin_of(model)
-    if origin is not None:  # a folder by its whole path: what is written may be read from anywhere
-        base = origin.decoder
-        config.base_model_name_or_path = base.name if base.commit else str(base.place.absolute())
-        config.revision = base.commit
+    _name_base(config, model)
     config.inference_mode = True
     config.auto_mapping = {"base_model_class": type(body).__name__, "parent_library": type(body).__module__}
     return config, adapter
+
+
+def _name_base(config: LoraConfig, model: nn.Module) -> None:
+    """A folder by its whole path: what is written may be read from anywhere."""
+    origin = origin_of(model)
+    if origin is not None:
+        base = origin.decoder
+        config.base_model_name_or_path = base.name if base.commit else str(base.place.absolute())
+        config.revision = base.commit
 
 
 def whole_model(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:

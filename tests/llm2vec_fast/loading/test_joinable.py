@@ -14,10 +14,10 @@ from peft.tuners.lora import Linear, LoraModel
 from peft.tuners.lora import config as lora_configs
 from tiny_models import tiny_model
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.loading import locate
+from llm2vec_fast.loading import locate, merged, put_on
 from llm2vec_fast.loading.adapter_config import lora_config_of
 from llm2vec_fast.loading.joinable import NotJoinableError, digests, merged_with_update
 from llm2vec_fast.loading.lowrank import Update
@@ -143,6 +143,21 @@ def test_a_bias_that_has_no_place_is_not_to_be_merged(base: Path, made: Callable
     adapter = made(LoraConfig(**{**PLAIN, "target_modules": ["o_proj", "gate_proj"]}, lora_bias=True))
     with pytest.raises(UserError, match=r"lora_bias=True.*cannot be merged into layers\.0\.self_attn\.o_proj.*again"):
         merged_with_update(tiny_model("llama"), locate(adapter))
+
+
+def test_what_is_merged_is_not_merged_into_a_layer_that_shares_the_weight(tmp_path: Path) -> None:
+    """As peft does, so that the embeddings move with an adapter of the output layer."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=97, tie_word_embeddings=True, **shape)).save_pretrained(tmp_path / "base")
+    bare = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    get_peft_model(bare, config).save_pretrained(tmp_path / "adapter")
+    tied = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"adapter on lm_head cannot be merged .*model\.embed_tokens shares its weight"):
+        merged(put_on(tied, locate(tmp_path / "adapter")))
+    alone = merged(put_on(AutoModel.from_pretrained(tmp_path / "base"), locate(tmp_path / "adapter")))
+    assert torch.equal(alone.embed_tokens.weight, tied.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(LoraConfig), ids=lambda field: field.name)

@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
 from reference_data import FOLDER, INPUTS, PUBLISHED_BOUND, TEXTS
 from safetensors.torch import save_file
 from transformers import AutoModel
 
 from llm2vec_fast import LLM2Vec
-from llm2vec_fast.saving import written_beside
+from llm2vec_fast.saving import SaveError, written_beside
 
 
 def load(base, *adapter, **settings) -> LLM2Vec:
@@ -134,3 +135,30 @@ def test_saved_files_have_ordinary_permissions(tmp_path, existing):
     with written_beside(target) as folder:
         save_file({"x": torch.ones(1)}, folder / "weights.safetensors")
     assert (target / "weights.safetensors").stat().st_mode == by_hand.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5]), r"asks for alora_invocation_tokens=\[5\]"),
+        (LoraConfig(target_modules=["q_proj"], use_qalora=True, qalora_group_size=4), "asks for use_qalora=True"),
+        (IA3Config(target_modules=["v_proj"], feedforward_modules=[]), "is of type IA3"),
+    ],
+    ids=["alora", "qalora", "ia3"],
+)
+def test_an_adapter_of_a_kind_that_is_not_read_is_not_written(tmp_path, config, told):
+    encoder = load(FOLDER / "llama")
+    encoder.model = get_peft_model(encoder.model, config)
+    with pytest.raises(SaveError, match=f"the adapter default {told}.* could not be loaded again: save"):
+        encoder.save(tmp_path / "model")
+
+
+def test_an_adapter_that_peft_put_on_the_encoder_comes_back(tmp_path):
+    encoder = load(FOLDER / "llama")
+    wrapped = get_peft_model(encoder, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    expected = encoder.encode(TEXTS)
+    assert float((expected - load(FOLDER / "llama").encode(TEXTS)).abs().max()) > 0.01
+    encoder.save(tmp_path / "saved")
+    wrapped.save_pretrained(tmp_path / "peft")
+    for name in ("saved", "peft"):
+        assert_close(load(FOLDER / "llama", tmp_path / name).encode(TEXTS), expected)
