@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from llm2vec_fast.bidirectional import decoder_of
 from llm2vec_fast.errors import ModelLoadError
 
+from .body import plain_name
+
 PREFIX = "base_model.model."
 _HEADS = ("lm_head", "embed_out", "score", "classifier", "output_layer")
 _PARTS = re.compile(r"\.(lora_|modules_to_save\.|token_adapter\.|trainable_tokens_|base_layer\.|bias$|weight$)")
@@ -81,7 +83,7 @@ def named_for_body(config: LoraConfig, plan: Plan, body: nn.Module, model: str) 
         body: with the adapter on it.
         model: its name, for messages.
     """
-    of_body = {name for name, _ in body.named_modules()}
+    of_body = {plain_name(name) for name, _ in body.named_modules()}
     wanted = {name: x for name, x in plan.items() if name in of_body}
     if _plan_under_adapter(config, body) == wanted:
         return replace(config)
@@ -93,7 +95,7 @@ def named_for_body(config: LoraConfig, plan: Plan, body: nn.Module, model: str) 
 
 def _plan_under_adapter(config: LoraConfig, body: nn.Module) -> Plan:
     def bare(name: str) -> str | None:
-        parts = name.split(".")
+        parts = plain_name(name).split(".")
         own = any(part.startswith("lora_") for part in parts)
         return None if own else ".".join(part for part in parts if part != "base_layer")
 

@@ -14,7 +14,14 @@ def body_of(model: nn.Module) -> nn.Module:
 def body_prefix(model: nn.Module) -> str:
     """What stands before the names of its body's layers in the names of a model's, as "model." or "gpt_neox."."""
     body = body_of(model)
-    return next(f"{name}." if name else "" for name, module in unwrapped(model).named_modules() if module is body)
+    return next(
+        f"{plain_name(name)}." if name else "" for name, module in unwrapped(model).named_modules() if module is body
+    )
+
+
+def plain_name(name: str) -> str:
+    """A module's or a weight's name without the wrappers of compilation, sharding and checkpointing, as "_orig_mod"."""
+    return ".".join(part for part in name.split(".") if not part.startswith("_"))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from llm2vec_fast.errors import UserError
 
 from .adapter_config import is_additive
 from .adapters import merged, put_on
-from .body import body_prefix, unwrapped
+from .body import body_prefix, plain_name, unwrapped
 from .files import Source, one_line
 from .lowrank import LowRank, Update
 
@@ -131,14 +131,14 @@ def same_updates(one: Update, other: Update) -> bool:
 def _weights_of(name: str, model: nn.Module) -> Iterator[str]:
     """The names of an adapter's weights as peft saves them; whatever it adds goes by its name."""
     for key in unwrapped(model).state_dict():
-        if name in (parts := _uncompiled(key).split(".")):
+        if name in (parts := plain_name(key).split(".")):
             yield ".".join(part for part in parts if part != name)
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Of one weight each: an adapter of single parameters, as experts have them, is a layer around another."""
     return {
-        _uncompiled(name): module
+        plain_name(name): module
         for name, module in unwrapped(model).named_modules()
         if isinstance(module, LoraLayer)
         and not isinstance(module.base_layer, BaseTunerLayer)
@@ -193,11 +193,7 @@ def _unit(dtype: torch.dtype) -> float:
 
 def _without_wrappers(name: str) -> str:
     """A weight's name as it is without adapters around it."""
-    return ".".join(part for part in _uncompiled(name).split(".") if part not in ("base_layer", "original_module"))
-
-
-def _uncompiled(name: str) -> str:
-    return name.replace("_orig_mod.", "")
+    return ".".join(part for part in plain_name(name).split(".") if part not in ("base_layer", "original_module"))
 
 
 def _digest(tensor: Tensor) -> Digest:

@@ -37,7 +37,7 @@ from llm2vec_fast.precision import choose_dtype
 from llm2vec_fast.training.arguments import LORA_TARGETS, StageArguments
 from llm2vec_fast.training.embedding import TRAINING
 from llm2vec_fast.training.neftune import add_noise
-from llm2vec_fast.training.written import require_loadable
+from llm2vec_fast.training.written import name_base, require_loadable
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
     if arguments.lora_r and arguments.gradient_checkpointing:
         model.enable_input_require_grads()
     require_loadable(model, updates, arguments.saved_rank)
+    if arguments.lora_r:
+        name_base(model.active_peft_config, model)  # of checkpoints, which peft writes
     accelerate(model, owner=TRAINING)
     if arguments.neftune_noise_alpha is not None:
         add_noise(model, arguments.neftune_noise_alpha)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from llm2vec_fast.acceleration.swapping import stock_class
 from llm2vec_fast.bidirectional import decoder_of
@@ -17,7 +17,7 @@ from llm2vec_fast.errors import UserError
 from llm2vec_fast.loading import adapter_weights, origin_of, wrapped_in
 from llm2vec_fast.loading.adapter_config import as_saved
 from llm2vec_fast.loading.adapter_names import PREFIX, named_for_body
-from llm2vec_fast.loading.body import body_of, body_prefix
+from llm2vec_fast.loading.body import body_of, body_prefix, plain_name
 from llm2vec_fast.loading.lowrank import Update, joined, update_of_weights
 from llm2vec_fast.loading.quiet import quiet
 from llm2vec_fast.training.embedding import LOG_SCALE
@@ -34,13 +34,13 @@ def adapter_of(
         rank: see `joined`.
         weights: the state dict of ``model`` where its own is not whole, as in a sharded one.
     """
-    name, body, here = model.active_adapter, body_of(model), PREFIX + body_prefix(model)
+    name, body, prefix = model.active_adapter, body_of(model), body_prefix(model)
     adapter = {
-        (PREFIX + key.removeprefix(here) if key.startswith(here) else key): x.cpu()
+        PREFIX + key.removeprefix(PREFIX).removeprefix(prefix): x.cpu()
         for key, x in adapter_weights(model, weights=weights).items()
     }
     layers = {
-        key.removeprefix(body_prefix(model)): module
+        plain_name(key).removeprefix(prefix): module
         for key, module in model.get_base_model().named_modules()
         if isinstance(module, LoraLayer) and name in module.lora_A
     }
@@ -57,13 +57,13 @@ def adapter_of(
         linear = {layer: x for layer, x in layers.items() if not hasattr(x, "parameter_name")}
         plan = {layer: (x.r[name], x.lora_alpha[name]) for layer, x in linear.items()}
         config = named_for_body(model.active_peft_config, plan, body, type(body).__name__)
-    _name_base(config, model)
+    name_base(config, model)
     config.inference_mode = True
     config.auto_mapping = {"base_model_class": type(body).__name__, "parent_library": type(body).__module__}
     return config, adapter
 
 
-def _name_base(config: LoraConfig, model: nn.Module) -> None:
+def name_base(config: LoraConfig, model: nn.Module) -> None:
     """A folder by its whole path: what is written may be read from anywhere."""
     origin = origin_of(model)
     if origin is not None:
@@ -86,28 +86,30 @@ def require_loadable(model: nn.Module, merged: Sequence[Update], rank: int | Non
     Raises:
         UserError: the message names the class of the model, or what has no place in it.
     """
-    body = _loadable(model) if not isinstance(model, PeftModel) else body_of(model)
-    try:
-        with quiet(), torch.device("meta"):
-            bare = AutoModel.from_config(copy.deepcopy(body.config), attn_implementation="eager")
-    except ValueError as error:
+    whole = not isinstance(model, PeftModel)
+    body = _loadable(model) if whole else body_of(model)
+    kinds = _loaded_as(body)
+    if not kinds or (whole and stock_class(body) not in kinds):
         raise UserError(
-            f"what is trained of a {type(body).__name__} could not be loaded afterwards, as AutoModel does not know "
-            f"{body.config.model_type}: pass a model that it does"
-        ) from error
-    if not isinstance(model, PeftModel):
-        if type(bare) is not stock_class(body):
-            raise UserError(
-                f"all weights of a {type(body).__name__} cannot be trained, as they would be loaded as "
-                f"{type(bare).__name__}: give lora_r above 0"
-            )
+            f"what is trained of a {type(body).__name__} could not be loaded afterwards, as AutoModel makes "
+            f"{kinds[0].__name__ if kinds else 'nothing'} of {body.config.model_type}: pass another model"
+        )
+    if whole:
         return
+    settings = copy.deepcopy(body.config)
+    settings._attn_implementation = "eager"
+    with quiet(), torch.device("meta"):
+        bare = kinds[0](settings)
     config, weights = adapter_of(model, merged, rank)
     wrapped_in(bare, as_saved(config), {key: x.to("meta") for key, x in weights.items()}, "to be trained")
 
 
 def _loadable(model: nn.Module) -> PreTrainedModel:
     decoder = decoder_of(model)
-    known = MODEL_MAPPING.get(type(decoder.config), None)
-    alone = stock_class(decoder) in (known if isinstance(known, tuple) else (known,))
-    return decoder if alone else body_of(model)
+    return decoder if stock_class(decoder) in _loaded_as(decoder) else body_of(model)
+
+
+def _loaded_as(model: PreTrainedModel) -> tuple[type[PreTrainedModel], ...]:
+    """The classes that ``AutoModel`` has for a model's configuration."""
+    known = MODEL_MAPPING.get(type(model.config), ())
+    return known if isinstance(known, tuple) else (known,)

@@ -183,8 +183,8 @@ def _labelled_words(
 ) -> tuple[dict[str, Words], dict[str, Any]]:
     """The words of each set, and what loads their encoder, which is gone when this returns."""
     given = {
-        "base_model_name_or_path": arguments.model_name_or_path,
-        "peft_model_name_or_path": arguments.peft_model_name_or_path,
+        "base_model_name_or_path": _from_anywhere(arguments.model_name_or_path),
+        "peft_model_name_or_path": _from_anywhere(arguments.peft_model_name_or_path),
         "revision": arguments.model_revision,
         "enable_bidirectional": arguments.enable_bidirectional,
         "max_length": arguments.max_seq_length,
@@ -207,6 +207,11 @@ def _labelled_words(
     if not len(words["train"]):
         raise UserError(f"no word is within max_seq_length={arguments.max_seq_length}: give more")
     return words, given
+
+
+def _from_anywhere(name: str | None) -> str | None:
+    """A folder by its whole path, as the head names its encoder for whoever loads it; other names as they are."""
+    return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().exists() else name
 
 
 def _features_folder(arguments: WordLevelArguments) -> Path:

@@ -142,6 +142,15 @@ def test_a_head_learns_is_scored_and_labels_words(
     assert found["f1"] > untaught["f1"] == 0
 
 
+def test_a_head_names_its_encoder_from_anywhere(
+    arguments: Callable[..., WordLevelArguments], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(FOLDER)
+    train_word_level(arguments(model_name_or_path="llama", peft_model_name_or_path="llama-lora", max_steps=1))
+    monkeypatch.chdir(tmp_path)
+    assert WordClassifier.from_pretrained("out", dtype="float32", device="cpu").labels
+
+
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     arguments: Callable[..., WordLevelArguments], tmp_path: Path
 ) -> None:
