@@ -16,6 +16,7 @@ from llm2vec_fast.bidirectional import decoder_of
 from .files import Source, json_of
 
 _ATTRIBUTE = "_llm2vec_fast_origin"
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")  # around a weight of the model's own
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ def own_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The decoder's weights without those of adapters, by the names that they have without adapters."""
     for name, weight in decoder_of(model).state_dict().items():
         parts = name.split(".")
-        if any(part.startswith(("lora_", "trainable_tokens_", "token_adapter")) for part in parts):
+        if any(part.startswith(("lora_", "trainable_tokens_")) for part in parts):
             continue
         if "modules_to_save" in parts:
             continue
-        yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), weight
+        yield ".".join(part for part in parts if part not in _WRAPPERS), weight
 
 
 def first_difference(model: nn.Module, source: Source, dtype: torch.dtype | None) -> str | None:

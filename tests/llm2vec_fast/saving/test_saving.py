@@ -162,3 +162,16 @@ def test_an_adapter_that_peft_put_on_the_encoder_comes_back(tmp_path):
     wrapped.save_pretrained(tmp_path / "peft")
     for name in ("saved", "peft"):
         assert_close(load(FOLDER / "llama", tmp_path / name).encode(TEXTS), expected)
+
+
+def test_embeddings_under_trained_tokens_are_compared_with_the_base(tmp_path):
+    encoder = load(FOLDER / "llama")
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5], init_lora_weights=False)
+    encoder.model = get_peft_model(encoder.model, config).eval()
+    expected = encoder.encode(TEXTS)
+    encoder.save(tmp_path / "model")
+    assert_close(load(FOLDER / "llama", tmp_path / "model").encode(TEXTS), expected)
+    with torch.no_grad():
+        encoder.model.get_base_model().embed_tokens.token_adapter.base_layer.weight[9] += 1
+    with pytest.raises(SaveError, match=r"embed_tokens\.weight differs"):
+        encoder.save(tmp_path / "other")
