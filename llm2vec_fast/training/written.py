@@ -98,10 +98,11 @@ def require_loadable(model: nn.Module, merged: Sequence[Update], rank: int | Non
         return
     settings = copy.deepcopy(body.config)
     settings._attn_implementation = "eager"
-    with quiet(), torch.device("meta"):
-        bare = kinds[0](settings)
     config, weights = adapter_of(model, merged, rank)
-    wrapped_in(bare, as_saved(config), {key: x.to("meta") for key, x in weights.items()}, "to be trained")
+    with quiet(), torch.random.fork_rng(devices=[]):  # training draws what it would have drawn
+        with torch.device("meta"):
+            bare = kinds[0](settings)
+        wrapped_in(bare, as_saved(config), {key: x.to("meta") for key, x in weights.items()}, "to be trained")
 
 
 def _loadable(model: nn.Module) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from llm2vec_fast.errors import UserError
 from llm2vec_fast.loading import lowrank
 from llm2vec_fast.training.arguments import MntpArguments
 from llm2vec_fast.training.models import StageModel, load_model
-from llm2vec_fast.training.written import adapter_of, whole_model
+from llm2vec_fast.training.written import adapter_of, require_loadable, whole_model
 
 Settings = Callable[..., dict[str, object]]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -189,6 +189,13 @@ def test_what_could_not_be_loaded_is_not_trained(staged: Callable, monkeypatch: 
     monkeypatch.setattr(lowrank, "_targets", lambda layers, body: [f"model.{name}" for name in stock(layers, body)])
     with pytest.raises(UserError, match="the adapter to be trained does not fit this base"):
         staged("llama", True, saved_rank=4)
+
+
+def test_looking_ahead_draws_nothing(staged: Callable) -> None:
+    stage = staged("llama", True)
+    before = torch.get_rng_state()
+    require_loadable(stage.model, stage.merged)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_adapter_names_its_base_from_anywhere(
