@@ -93,7 +93,7 @@ def test_a_name_that_promises_another_compression_is_told(tmp_path: Path, suffix
     [
         ("a.txt", "é text\n".encode("utf-16"), "a.txt is UTF-16: convert it to UTF-8"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "a.jsonl is no text, or UTF-16: convert it to UTF-8"),
-        ("a.csv.gz", gzip.compress("text\né\n".encode("utf-16")), "a.csv.gz is UTF-16"),
+        ("a.csv.gz", gzip.compress("text\né\n".encode("utf-16"), mtime=0), "a.csv.gz is UTF-16"),
         ("a.json", '[{"text": "a"}]'.encode("utf-16"), "a.json is UTF-16"),
         ("a.csv", b"PK\x03\x04 a workbook", "a.csv is a zip archive or a spreadsheet"),
         ("a.jsonl", b"PAR1 rows", "a.jsonl is a Parquet file: let its name end in .parquet"),
@@ -111,7 +111,7 @@ def test_a_file_that_is_something_else_is_called_that(tmp_path: Path, name: str,
     ("name", "content"),
     [
         ("a.txt", b"one\rtwo\r"), ("a.csv", b"text\rone\rtwo\r"), ("a.jsonl", b'{"text": "one"}\r{"text": "two"}\r'),
-        ("a.csv.gz", gzip.compress(b"text\rone\rtwo")), ("a.txt", b"one\r\ntwo\r\n"),
+        ("a.csv.gz", gzip.compress(b"text\rone\rtwo", mtime=0)), ("a.txt", b"one\r\ntwo\r\n"),
     ],
 )  # fmt: skip
 def test_line_ends_may_be_those_of_a_mac_or_of_dos(tmp_path: Path, name: str, content: bytes) -> None:
