@@ -142,7 +142,7 @@ def _prepare_inputs(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     layout = kwargs.get("layout")
     if decoder.config._attn_implementation not in (ATTENTION_NAME, _TRIAL_NAME):  # the user has set another since
-        if layout is not None:
+        if layout is not None or _would_mix(decoder, mask, positions):
             raise UserError(_changed_since(decoder))
         return args, kwargs
     if layout is None:
@@ -161,6 +161,17 @@ def _prepare_inputs(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     if kwargs.get("use_cache") is None:  # heads pass on None, which would mean the configuration's True
         kwargs["use_cache"] = False
     return (), kwargs
+
+
+def _would_mix(decoder: nn.Module, mask: Tensor | None, positions: Tensor | None) -> bool:
+    """Whether texts packed into a row, told by their positions, reach a stock attention that looks across them.
+
+    Stock transformers keeps such texts apart with flash-attn, or where it attends to earlier tokens only.
+    """
+    config = decoder.config
+    if mask is not None or positions is None or getattr(config, "is_causal", True) or torch.compiler.is_compiling():
+        return False
+    return "flash" not in str(config._attn_implementation) and bool((positions[..., 1:] == 0).any())
 
 
 def _layout_of(

@@ -76,6 +76,7 @@ def _models_around(model: nn.Module, decoder: PreTrainedModel) -> list[nn.Module
         return [x for x in gc.get_objects() if issubclass(type(x), nn.Module) and _is_around(x, model, decoder)]
     finally:
         if frozen:
+            gc.collect()  # what nobody holds would stay for good
             gc.freeze()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -101,9 +102,14 @@ def test_models_around_the_one_that_was_given_follow_and_others_do_not(frozen: b
     towers.config = config
     if frozen:
         gc.freeze()
+    nobodys = nn.Identity()
+    nobodys.cycle, left = [nobodys], weakref.ref(nobodys)
+    del nobodys
     try:
         make_bidirectional(lm.model)
         assert bool(gc.get_freeze_count()) == frozen
+        gc.collect()
+        assert left() is None, "garbage was frozen"
     finally:
         gc.unfreeze()
     parts = [m for m in around.modules() if isinstance(vars(m).get("config"), LlamaConfig)]
@@ -177,8 +183,16 @@ def test_another_attention_set_afterwards_runs_as_in_a_stock_model(attention: st
     model = make_bidirectional(tiny_model("llama"), enabled=enabled)
     model.set_attn_implementation(attention)
     torch.testing.assert_close(states(model), alone(model, is_causal=not enabled), atol=1e-4, rtol=0)
-    with pytest.raises(UserError, match=f"LlamaModel no longer runs this library's attention but '{attention}'"):
+    packed, places = IDS.view(1, -1), torch.arange(6).repeat(2)[None]
+    refused = pytest.raises(UserError, match=f"LlamaModel no longer runs this library's attention but '{attention}'")
+    with refused:
         model(input_ids=IDS, layout=SequenceLayout.from_shape(2, 6))
+    if enabled:
+        with refused:
+            model(input_ids=packed, position_ids=places)
+    else:  # stock transformers keeps them apart
+        found = model(input_ids=packed, position_ids=places, use_cache=False).last_hidden_state
+        torch.testing.assert_close(found.view(2, 6, -1), model(input_ids=IDS).last_hidden_state, atol=1e-4, rtol=0)
     make_bidirectional(model, enabled=enabled)
     torch.testing.assert_close(states(model), alone(model, is_causal=not enabled), atol=1e-4, rtol=0)
 
