@@ -17,6 +17,7 @@ RULES: list[dict[str, Any]] = [
     {"reduction": "mean"},
     {"reduction": "none"},
     {"reduction": "sum", "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.01},
+    {"class_weights": torch.linspace(0, 1, sum(SPLITS), dtype=torch.float32)},
 ]
 
 
@@ -30,13 +31,19 @@ def run(rank: int) -> dict[str, Any]:
         found[f"{backend}-without-labels"] = _step(rank, backend, {}, labels.new_full(labels.shape, IGNORED))
     for number, rule in enumerate(RULES):
         found[f"bfloat16-{number}"] = _step(rank, "blocked", rule, labels, torch.bfloat16)
+    found["refused class weights"] = _refused(rank, labels, class_weights=torch.ones(SPLITS[0]))
     labels[3] = sum(SPLITS)
-    try:
-        hidden, weight, _ = _slice(rank, CASE.tensors(torch.float32))
-        linear_cross_entropy(hidden, weight, labels, group=dist.group.WORLD)
-    except ValueError as error:
-        found["refused"] = str(error)
+    found["refused"] = _refused(rank, labels)
     return found
+
+
+def _refused(rank: int, labels: torch.Tensor, **given: Any) -> str:
+    hidden, weight, _ = _slice(rank, CASE.tensors(torch.float32))
+    try:
+        linear_cross_entropy(hidden, weight, labels, group=dist.group.WORLD, **given)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _step(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import LN_2, LogSum, Rule, Side, blocks, marks_of, row_blocks, softplus, unit_rows
+from .rule import LN_2, LogSum, Rule, Side, blocks, limit_of, marks_of, row_blocks, softplus, unit_rows
 
 
 def room_of(backend: str) -> ModuleType:
@@ -96,10 +96,14 @@ def with_limits(problem: Problem, own: Tensor) -> Problem:
     """The problem with the highest similarity that a negative of each query and of each document may have."""
     if problem.rule.margin is None:
         return problem
-    documents, by = problem.documents, problem.queries.guide
+    documents, by, lengths = problem.documents, problem.queries.guide, 1.0
     if by is not None:
         own = (by * documents.guide[problem.positives]).sum(1)
-    limit = own + problem.rule.margin
+    elif not problem.rule.cosine:
+        sides = (problem.queries, documents)
+        of_queries, of_documents = (torch.linalg.vector_norm(x.rows, dim=1, dtype=own.dtype) for x in sides)
+        lengths = of_queries * of_documents[problem.positives]
+    limit = limit_of(own, problem.rule.margin, lengths)
     if problem.rule.columns:
         column_limit = limit.new_full((documents.count,), float("-inf"))
         documents = replace(documents, limit=column_limit.scatter_reduce(0, problem.positives, limit, "amax"))

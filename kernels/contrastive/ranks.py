@@ -183,4 +183,5 @@ def ranks_of(
     accumulator = torch.promote_types(queries.dtype, torch.float32)
     rows = len(everywhere) * max(*query_counts, *document_counts)  # as many as any rank may be sent sums of
     needed = rows * queries.shape[1] * (queries.dtype.itemsize + 2 * accumulator.itemsize)
+    needed += 0 if guide is None else rows * guide[0].shape[1] * accumulator.itemsize
     return (Gathering if needed <= GATHERED_BYTES else Ring)(group, query_counts, document_counts, max(known_counts))

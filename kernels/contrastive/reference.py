@@ -5,11 +5,13 @@ It is also the fastest way at small batch sizes, where the whole matrix of simil
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .rule import Rule, marks_of, same, unit_rows
+from .rule import Rule, limit_of, marks_of, same, unit_rows
 
 
 def contrastive_reference(
@@ -34,7 +36,11 @@ def contrastive_reference(
     guides = (queries, documents) if guide is None else tuple(unit_rows(x.to(scale.dtype)) for x in guide)
     compared = similarity.detach() if guide is None else _wide(guides[0] @ guides[1].T)
     own = compared[rows, positives]
-    limit = None if rule.margin is None else own + rule.margin
+    limit = None
+    if rule.margin is not None:
+        compared_rows = (guides[0].detach(), guides[1].detach()[positives])
+        lengths = (torch.linalg.vector_norm(x, dim=1, dtype=own.dtype) for x in compared_rows)
+        limit = limit_of(own, rule.margin, math.prod(lengths))
     scores = similarity * scale  # before anything is masked: 0 · −inf in the gradient of the scale would be NaN
     if not plain or limit is not None:
         hidden = _hidden(query_marks, marks, compared, limit)

@@ -17,6 +17,7 @@ from ..products import blocks
 # Rows are normalised, and gradients finished, this many bytes of float32 at a time: they stay in cache.
 BLOCK_BYTES = 2**20
 LN_2 = math.log(2)
+ROUNDINGS = 8  # 1e-6 of a float32 cosine
 NO_ID = -1  # what ``known`` is filled up with
 # Rows of a length between these have squares that float32 can add up.
 PLAIN_LENGTHS = (1e-15, 1e15)
@@ -147,6 +148,15 @@ def marks_of(
     marks = marks[:, None]
     own = marks[positives]
     return marks, own if known is None else torch.cat([own, torch.where(known == NO_ID, own, known)], dim=1)
+
+
+def limit_of(own: Tensor, margin: float, lengths: Tensor | float) -> Tensor:
+    """(n,) the highest similarity of a negative: the positive's and the margin, and what rounding may add.
+
+    A text that is in the batch twice is exactly as similar, but other code sums up its products in another order.
+    ``lengths`` of both rows, multiplied, are the size of those products.
+    """
+    return own + (margin + ROUNDINGS * torch.finfo(own.dtype).eps * lengths)
 
 
 def same(x: Tensor, y: Tensor) -> Tensor:

@@ -123,8 +123,9 @@ def linear_cross_entropy(
         loss, lse, log_probs, correct = _reference(hidden, weight, bias, labels, **settings)
     elif group is not None:
         loss, lse, log_probs, correct = linear_cross_entropy_parallel(
-            hidden, weight, bias, labels, group=group, accuracy=return_accuracy, backend=choice, **settings
-        )
+            hidden, weight, bias, labels, group=group, accuracy=return_accuracy, backend=choice,
+            classes=None if class_weights is None else class_weights.shape[0], **settings,
+        )  # fmt: skip
     else:
         needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         settings["softcap"] = softcap or 0.0

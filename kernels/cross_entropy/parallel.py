@@ -29,6 +29,11 @@ class _VocabularyParallel(torch.autograd.Function):
         group, ignore_index, reduction = settings["group"], settings["ignore_index"], settings["reduction"]
         with torch.autocast(hidden.device.type, enabled=False):
             first, vocabulary = _place(weight, group)
+            if settings["classes"] not in (None, vocabulary):
+                raise ValueError(
+                    f"class_weights has shape ({settings['classes']},): pass one an entry of the whole vocabulary, "
+                    f"({vocabulary},)"
+                )
             rule = Rule(settings["softcap"], settings["smoothing"], settings["z_loss"], vocabulary)
             problem = labelled(hidden, weight, bias, labels, ignore_index, rule, first)
             if settings["check"]:

@@ -247,6 +247,22 @@ def test_a_guide_leaves_out_what_it_finds_closer_than_the_positive(backend):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("given", [{"guide": 100}, {}, {"similarity": "dot"}], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
+def test_a_positive_that_is_there_twice_does_not_exceed_itself(backend, given):
+    """By a margin of 0 it is a negative as before, however its products are rounded."""
+    if backend == "triton" and "guide" in given:
+        pytest.skip("not on Triton")
+    case, twice = Case(64, 64, 24), torch.arange(64).repeat(2)
+    queries, documents = case.inputs(torch.float32)
+    settings = {"reduction": "none", "backend": backend, **given}
+    if "guide" in given:
+        by_queries, by_documents = Case(64, 64, 24, guide=given["guide"]).targets()["guide"]
+        settings["guide"] = (by_queries, by_documents[twice])
+    found = contrastive_loss(queries, documents[twice], false_negative_margin=0.0, **settings)
+    assert (found > 0.69).all(), "the copy alone costs log 2"
+
+
 @pytest.mark.parametrize("backend", ["reference", "blocked", "triton"])
 def test_negatives_above_the_margin_are_left_out(backend):
     queries = torch.tensor([[1.0, 0.0]])

@@ -29,7 +29,9 @@ def whole(dtype, rule):
     return {name: x.detach() for name, x in found.items()} | named
 
 
-@pytest.mark.parametrize("number", range(len(RULES)), ids=[str(rule) for rule in RULES])
+@pytest.mark.parametrize(
+    "number", range(len(RULES)), ids=[f"{number}-{'-'.join(rule)}" for number, rule in enumerate(RULES)]
+)
 @pytest.mark.parametrize(
     ("run", "dtype"), [("blocked", torch.float32), ("triton", torch.float32), ("bfloat16", torch.bfloat16)]
 )
@@ -54,6 +56,11 @@ def test_a_batch_without_labels_gives_zeros(ranks, backend):
 def test_a_label_beyond_every_slice_is_named(ranks):
     for found in ranks:
         assert found["refused"].startswith("labels[3] is 333: labels are 0 … 332")
+
+
+def test_class_weights_of_one_slice_alone_are_refused(ranks):
+    for found in ranks:
+        assert "class_weights has shape (130,)" in found["refused class weights"]
 
 
 def test_the_definition_has_no_parallel_form():
