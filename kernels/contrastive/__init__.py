@@ -67,8 +67,8 @@ def contrastive_loss(
             not each other's negatives. Needs ``ids``.
         guide: (N, g) and (M, g) rows of another model for the queries and the documents, of any floating-point dtype:
             the margin, 0 if there is none, compares their cosines instead, as GISTEmbed does with the negated margin
-            (Solatorio, 2024). Not on Triton: on a GPU "auto" computes tiles in PyTorch then, which takes no more
-            memory than Triton but some launches a tile.
+            (Solatorio, 2024). Not on Triton: on a GPU "auto" then computes the tiles by PyTorch, which is slower
+            and holds these rows in float32.
         false_negative_margin: negatives whose similarity (before the scale) exceeds that of the positive by more than
             this, and than rounding may, are left out as unlabelled positives (Zhang et al., 2025). In the symmetric
             direction the positive of a document of several queries is the one most similar to it.

@@ -30,7 +30,7 @@ CASES = [
     *(Case(37, 20, 24, rule, shared=True) for rule in RULES),
     *(Case(20, 37, 24, rule, same=True) for rule in RULES),
     Case(40, 70, 24, RULES[-1], shared=True, same=True),
-    *(Case(20, 37, 24, rule, known=3) for rule in RULES),
+    *(Case(20, 37, 24, rule, known=3) for rule in RULES[::3]),
     Case(40, 70, 24, RULES[-1], shared=True, same=True, known=5),
     Case(6, 9, 8, {"symmetric": True}, known=100),
     Case(1, 1, 8),
