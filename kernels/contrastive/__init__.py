@@ -211,6 +211,8 @@ def _check_targets(
 
 
 def _check_guide(queries: Tensor, documents: Tensor, guide: tuple[Tensor, Tensor]) -> None:
+    if len(guide) != 2:
+        raise ValueError(f"guide holds {len(guide)} tensors: pass one for the queries and one for the documents")
     for name, x, like in zip(("queries", "documents"), guide, (queries, documents), strict=True):
         fits = x.ndim == 2 and x.shape == (like.shape[0], guide[0].shape[-1])
         if not fits or not x.is_floating_point() or x.device != like.device:

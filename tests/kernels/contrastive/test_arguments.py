@@ -43,6 +43,7 @@ def test_rows_that_do_not_fit_are_refused(queries, documents, message):
         ({"known": torch.tensor([1, 2, 3, 4]), "ids": torch.arange(4)}, "known is torch.int64 of shape \\(4,\\)"),
         ({"known": torch.zeros(4, 1, dtype=torch.int64)}, "known is given and ids is not"),
         ({"guide": (_rows(), _rows(3))}, r"guide holds .* of shape \(3, 8\) .* the documents: pass .*\(4, g\)"),
+        ({"guide": (_rows(),)}, "guide holds 1 tensors"),
         ({"guide": (_rows(), _rows(width=7))}, r"of shape \(4, 7\)"),
         ({"scale": 0.0}, "scale=0.0 is not a positive number"),
         ({"scale": float("nan")}, "scale=nan"),
