@@ -64,7 +64,8 @@ def contrastive_loss(
             its own if None.
         known: (N, K) integers, filled up with −1: the ids of further documents known to suit each query, which are none
             of its negatives either. Queries that have an id in common, of those known or of their own documents, are
-            not each other's negatives. Needs ``ids``.
+            not each other's negatives, which takes (1 + K)² comparisons a pair of queries: name those in the batch
+            only. Needs ``ids``.
         guide: (N, g) and (M, g) rows of another model for the queries and the documents, of any floating-point dtype:
             the margin, 0 if there is none, compares their cosines instead, as GISTEmbed does with the negated margin
             (Solatorio, 2024). Not on Triton: on a GPU "auto" then computes the tiles by PyTorch, which is slower
