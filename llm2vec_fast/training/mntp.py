@@ -164,5 +164,6 @@ def _tokens(
     with arguments.main_process_first(desc="tokenising"):  # the others read what it has put on disk
         texts = read_texts_of(arguments, files, validation=name == "validation")
         return tokenise(
-            texts, tokenizer, length, line_by_line=arguments.line_by_line, rows=rows, notify=notifier(arguments)
-        )
+            texts, tokenizer, length, line_by_line=arguments.line_by_line, rows=rows, name=f"{name}_file",
+            notify=notifier(arguments),
+        )  # fmt: skip

@@ -182,6 +182,7 @@ def tokenise(
     *,
     line_by_line: bool,
     rows: int | None = None,
+    name: str = "train_file",
     notify: Callable[[str], None] = logger.warning,
 ) -> Dataset:
     """Sequences of at most ``max_length`` tokens in columns ``input_ids`` and ``special`` (1 on the tokenizer's own).
@@ -190,6 +191,7 @@ def tokenise(
         line_by_line: each text is a sequence, cut at ``max_length``; else 1,000 at a time are joined, in order, and cut
             into sequences of exactly that length, and what is left of them at the end is dropped.
         rows: of the model's embedding.
+        name: of the setting that the texts come from, for messages.
         notify: takes a sentence about what is too short.
 
     Raises:
@@ -218,16 +220,17 @@ def tokenise(
     if line_by_line:
         tokens = tokens.filter(lambda batch: [len(ids) >= SHORTEST for ids in batch["input_ids"]], batched=True)
         if len(tokens) < len(before):
-            notify(f"{len(before) - len(tokens):,} of {len(before):,} texts are left out: they have one token or none")
+            short = f"{len(before) - len(tokens):,} of {len(before):,}"
+            notify(f"{short} texts of {name} are left out: they have one token or none")
     else:
         tokens = tokens.map(join, batched=True, desc="joining")
         total, kept = (pc.sum(pc.list_value_length(x.data.column("input_ids"))).as_py() or 0 for x in (before, tokens))
         if total - kept > TOLD_SHARE * total:
             notify(
-                f"{total - kept:,} of {total:,} tokens are left out: the last of each 1,000 texts, which do not fill "
-                f"{max_length}; line_by_line=True or a smaller max_seq_length keeps more"
+                f"{total - kept:,} of {total:,} tokens of {name} are left out: the last of each 1,000 texts, which do "
+                f"not fill {max_length}; line_by_line=True or a smaller max_seq_length keeps more"
             )
     if not len(tokens):
         least = SHORTEST if line_by_line else max_length
-        raise UserError(f"no training text is long enough: {least} tokens are needed, give more or longer texts")
+        raise UserError(f"no text of {name} is long enough: {least} tokens are needed, give more or longer texts")
     return tokens

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,7 +57,9 @@ def settle(arguments: TrainingArguments, stage: str, transformers_own: Callable[
         raise UserError(
             f"ddp_backend={arguments.ddp_backend} needs several processes: start with torchrun, or leave it out"
         )
-    with _in_one_sentence(arguments):
+    with _in_one_sentence(arguments), warnings.catch_warnings():
+        # The older name is the one that every supported release has, and the ready configurations use.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
         transformers_own()
     require_joined(arguments)
     _require_whole_batches(arguments)
@@ -103,6 +106,8 @@ def _is_default(value: Any, item: dataclasses.Field[Any]) -> bool:
     default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
     if default is None and hasattr(value, "to_dict"):  # transformers makes an object of what is left out
         default = type(value)()
+    if default == "no" and value is False:  # what HfArgumentParser makes of a "no" where true and false are taken, too
+        return True
     return bool(value == default) or (default is None and not value)
 
 

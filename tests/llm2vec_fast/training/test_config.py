@@ -157,6 +157,18 @@ KINDS = {kind.STAGE: kind for kind in (MntpArguments, SimcseArguments, Contrasti
 MODELS = ["llama-2-7b", "llama-3-8b", "mistral-7b", "sheared-llama-1.3b", "smollm2-135m"]
 
 
+@pytest.mark.parametrize("kind", [*KINDS.values(), WordLevelArguments], ids=[*KINDS, WordLevelArguments.STAGE])
+def test_ready_configurations_and_defaults_cause_no_warning(
+    kind: type[MntpArguments], caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Whoever changed nothing has nothing to be told."""
+    rest = ["--model_name_or_path", "m", "--train_file", "a.txt", "--output_dir", "out", "--use_cpu", "True"]
+    for config in (None, *ready_configs(kind.STAGE)):
+        read_arguments(kind, config, rest)
+    assert not caplog.messages
+    assert not [str(each.message) for each in recwarn]
+
+
 @pytest.mark.parametrize("stage", KINDS)
 def test_ready_configurations_are_valid_and_follow_each_other(stage: str) -> None:
     assert list(ready_configs(stage)) == MODELS

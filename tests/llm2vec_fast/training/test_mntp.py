@@ -311,7 +311,7 @@ def test_accumulated_steps_are_one_large_batch(arguments: Arguments, tmp_path: P
 
 def test_texts_too_short_to_join_are_refused(arguments: Arguments, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a\n")
-    with pytest.raises(UserError, match="no training text is long enough: 24 tokens are needed"):
+    with pytest.raises(UserError, match="no text of train_file is long enough: 24 tokens are needed"):
         train_mntp(arguments(train_file=[str(tmp_path / "short.txt")], line_by_line=False))
 
 

@@ -164,8 +164,8 @@ def test_texts_are_what_the_file_says(tmp_path: Path, name: str, content: str, e
 @pytest.mark.parametrize(
     ("line_by_line", "sentence"),
     [
-        (True, "2 of 12 texts are left out: they have one token or none"),
-        (False, "18 of 42 tokens are left out: the last of each 1,000 texts, which do not fill 24; line_by_line=True"),
+        (True, "2 of 12 texts of validation_file are left out: they have one token or none"),
+        (False, "18 of 42 tokens of validation_file are left out: the last of each 1,000 texts, which do not fill 24;"),
     ],
 )
 def test_texts_that_are_too_short_are_told(line_by_line: bool, sentence: str) -> None:
@@ -174,5 +174,5 @@ def test_texts_that_are_too_short_are_told(line_by_line: bool, sentence: str) ->
     assert [len(tokenizer(text)["input_ids"]) for text in ("the cat", "a")] == [4, 1]
     texts = Dataset.from_dict({"text": ["the cat"] * 10 + ["a"] * 2})
     said: list[str] = []
-    tokenise(texts, tokenizer, 24, line_by_line=line_by_line, notify=said.append)
+    tokenise(texts, tokenizer, 24, line_by_line=line_by_line, name="validation_file", notify=said.append)
     assert [each[: len(sentence)] for each in said] == [sentence]
