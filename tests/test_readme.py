@@ -1,4 +1,4 @@
-"""What the README shows works as it stands."""
+"""What the README and the training guide show works as it stands."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from benchmarks.fetch import smollm2
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/training.md")
 MODELS = {
     "path/or/name/of/a/decoder": ROOT / "tests" / "data" / "reference" / "llama",
     "path/or/name/of/an/adapter": ROOT / "tests" / "data" / "reference" / "llama-lora",
@@ -15,14 +16,21 @@ MODELS = {
 REAL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def python_examples() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+def python_examples() -> list[tuple[str, str]]:
+    """Each with where it stands."""
+    return [
+        (f"{page}, example {number}", example)
+        for page in PAGES
+        for number, example in enumerate(
+            re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M), 1
+        )
+    ]
 
 
-@pytest.mark.parametrize("number", range(len(python_examples())))
-def test_python_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "example"), python_examples(), ids=[place for place, _ in python_examples()])
+def test_python_example_runs(place: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    example = python_examples()[number]
+    Path("sentences.txt").write_text("".join(f"a sentence of number {i}\n" for i in range(8)))
     for placeholder, folder in MODELS.items():
         example = example.replace(placeholder, folder.as_posix())
     if REAL_MODEL in example:
@@ -31,13 +39,14 @@ def test_python_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.Mo
         except smollm2.FetchError as error:
             pytest.skip(str(error))
     names: dict = {}
-    exec(compile(example, f"README.md, example {number + 1}", "exec"), names)
+    exec(compile(example, place, "exec"), names)
     if "scores" in names:
         assert names["scores"].shape == (1, 2)
         assert (tmp_path / "my-encoder" / "model.safetensors").exists()
 
 
-def test_every_path_it_links_to_exists() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_it_links_to_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), target
+        assert (ROOT / page).parent.joinpath(target).exists(), target

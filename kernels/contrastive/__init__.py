@@ -58,7 +58,7 @@ def contrastive_loss(
         symmetric: the mean of this loss and of the one that finds each document's query among all queries.
         query_negatives: the other queries are negatives too (Li et al., 2023); not in the symmetric direction.
         document_negatives: so are, in the same sum, the other queries and the queries' own documents as compared with
-            this query's own document, whose similarity to the query is counted in either direction. With
+            this query's own document. The similarity of the two counts twice in that sum, once from each side. With
             ``query_negatives`` that is all of GTE's loss. Not with ``symmetric``.
         ids: (M,) integers: a document of the id of a query's own is none of its negatives. Each document has an id of
             its own if None.

@@ -1,6 +1,6 @@
 """What each stage makes of each of transformers' TrainingArguments, as data.
 
-`checks.judge` refuses and warns by it, and the training guide's table shows it (``python -m
+`checks.judge` refuses and warns by it, and the training guide's tables show it (``python -m
 llm2vec_fast.training.settings``). A new setting of transformers gets its line here once it was tried in every stage.
 """
 
@@ -55,7 +55,6 @@ def _no_effect(note: str, *stages: str) -> dict[str, Verdict]:
 _HEAD = "what trains is one linear layer on outputs that are computed once: leave it out"
 _SAMPLER = "batches of one data set are drawn by a sampler of the stage's own: leave it out"
 _WHOLE_BATCH = "the loss is of the batch of all processes in any case"
-_PACKED = "leave it out: a packed batch is one row"
 _SEVERAL = "with several processes"
 _NEGATIVES = "a smaller batch has fewer negatives: give token_budget, which bounds memory at any batch size"
 _HUB = "nothing is pushed: upload output_dir when the run is done"
@@ -95,7 +94,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
         **_refused(_HEAD, WORD_LEVEL),
     },
     # Precision and memory
-    "bf16": _honoured("autocast; model_dtype is that of frozen weights"),
+    "bf16": _honoured("autocast; model_dtype is the dtype of frozen weights"),
     "fp16": _honoured("autocast with a scaled loss; refused on a CPU, which has none"),
     "bf16_full_eval": {
         **_honoured("the evaluation after training", _EVALUATES),
@@ -212,7 +211,9 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "accelerator_config": _honoured(
         "split_batches, dispatch_batches, even_batches=False and num_steps change batches and are refused"
     ),
-    "parallelism_config": _refused(f"{_PACKED}, which only data parallelism and fsdp take whole"),
+    "parallelism_config": _refused(
+        "a packed batch is one row, which only data parallelism and fsdp take whole: leave it out"
+    ),
     "ddp_find_unused_parameters": _honoured(_SEVERAL),
     "ddp_bucket_cap_mb": _honoured(_SEVERAL),
     "ddp_broadcast_buffers": _honoured(_SEVERAL),
