@@ -206,8 +206,9 @@ def _attend(
     """transformers' attention interface: q (B, Hq, S, D), k and v (B, Hkv, S, D) → (B, S, Hq, D)."""
     if layout is None:
         raise ValueError(
-            f"{type(module).__name__} got no layout: its model was built from the configuration of one that runs this "
-            "library's attention; call make_bidirectional(model), or model.set_attn_implementation('sdpa')"
+            f"{type(module).__name__} got no layout: call model(...) and not model.forward(...), which passes over the "
+            "hook that makes it; if the model was built from the configuration of one that runs this library's "
+            "attention, call make_bidirectional(model), or model.set_attn_implementation('sdpa')"
         )
     if attention_mask is not None:  # the decoder was given none: the layer made it
         raise UnsupportedModelError(

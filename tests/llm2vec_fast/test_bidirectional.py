@@ -225,3 +225,9 @@ def test_a_batch_that_cannot_be_described_is_refused(arguments: dict, says: str)
     model = make_bidirectional(tiny_model("llama"))
     with pytest.raises(ValueError, match=says):
         model(input_ids=torch.tensor([[5, 6, 7]]), **arguments)
+
+
+def test_a_forward_pass_that_goes_round_the_hook_is_told_what_to_call() -> None:
+    model = make_bidirectional(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"call model\(...\) and not model.forward\(...\)"):
+        model.forward(input_ids=torch.tensor([[5, 6, 7]]))
