@@ -62,6 +62,7 @@ def settle(arguments: TrainingArguments, stage: str, transformers_own: Callable[
         warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
         transformers_own()
     require_joined(arguments)
+    _require_one_exchange(arguments)
     _require_whole_batches(arguments)
     _require_reporting(arguments)
     _require_compiler(arguments)
@@ -191,6 +192,23 @@ def _require_no_gpu(arguments: TrainingArguments) -> None:
         given = getattr(arguments, name, None)
         if given and "offload" in given:  # in a dict or in JSON
             raise UserError(f"{name}={given} needs a GPU to offload from and this run is on the CPU: leave offload out")
+
+
+def _require_one_exchange(arguments: TrainingArguments) -> None:
+    """Reentrant checkpointing runs a backward pass inside the backward pass, at whose end processes take gradients for
+    complete: with each piece of a batch, or, where unused parameters are looked for, with each layer."""
+    given = {**(arguments.gradient_checkpointing_kwargs or {})}
+    options = {name: value for name, value in given.items() if name not in ("every_n_layers", "offload")}
+    reentrant = options and options.get("use_reentrant") in (None, True)  # None is True to torch, nothing is not
+    if arguments.world_size == 1 or not (arguments.gradient_checkpointing and reentrant):
+        return
+    for name in ("token_budget", "ddp_find_unused_parameters"):
+        if getattr(arguments, name, None):
+            told = " (accumulated batches set one)" if name == "token_budget" else ""
+            raise UserError(
+                f"gradient_checkpointing_kwargs={given} is reentrant, which does not go with "
+                f"{name}={getattr(arguments, name)}{told} over several processes: give use_reentrant=False"
+            )
 
 
 def _require_whole_batches(arguments: TrainingArguments) -> None:

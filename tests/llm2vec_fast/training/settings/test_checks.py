@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,14 @@ from transformers import Trainer
 from llm2vec_fast import make_bidirectional
 from llm2vec_fast.acceleration import accelerate
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.training import ContrastiveArguments, MntpArguments, WordLevelArguments, train_contrastive
+from llm2vec_fast.training import (
+    ContrastiveArguments,
+    MntpArguments,
+    SimcseArguments,
+    WordLevelArguments,
+    train_contrastive,
+)
+from llm2vec_fast.training.settings import checks
 
 Settings = Callable[..., dict[str, object]]
 
@@ -162,3 +170,38 @@ def test_swapped_modules_decay_what_stock_ones_do(family: str) -> None:
     accelerate(make_bidirectional(model))
     assert decayed() == before
     assert not [name for name in before if "norm" in name or "bias" in name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "refused"),
+    [
+        (SimcseArguments, {"token_budget": 40}, "token_budget=40 ."),
+        (ContrastiveArguments, {"gradient_accumulation_steps": 2}, "token_budget=192 .accumulated batches set one."),
+        (MntpArguments, {"ddp_find_unused_parameters": True}, "ddp_find_unused_parameters=True"),
+        (MntpArguments, {"gradient_accumulation_steps": 2}, None),
+        (SimcseArguments, {}, None),
+    ],
+)
+@pytest.mark.parametrize("old", [True, False], ids=["gradient_checkpointing", "activation_checkpointing"])
+def test_reentrant_checkpointing_that_lets_processes_train_apart_is_refused(
+    kind: type, changes: dict, refused: str | None, old: bool, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients would be exchanged after the first piece: each process would step by others than the rest."""
+    name = "gradient_checkpointing" if old else "activation_checkpointing"
+    if name not in {item.name for item in fields(kind)}:
+        pytest.skip("an older transformers has the older name alone")
+
+    def made(options: dict[str, object], processes: int = 2) -> None:
+        monkeypatch.setattr(checks, "_started", lambda: processes)
+        monkeypatch.setattr(kind, "world_size", processes)
+        kind(**settings(**changes, **{name: True, f"{name}_kwargs": options}))
+
+    for fine in ({"use_reentrant": False}, {}):
+        made(fine)
+    made({"use_reentrant": True}, processes=1)
+    for options in ({"use_reentrant": True}, {"preserve_rng_state": True}):  # PyTorch takes what is left out for true
+        if refused is None:
+            made(options)
+        else:
+            with pytest.raises(UserError, match=f"is reentrant, which does not go with {refused}.*over several"):
+                made(options)
