@@ -111,6 +111,19 @@ class ContrastiveTrainer(StageTrainer):
         if scale and self.args.should_save:  # peft keeps the adapter alone
             save_file({LOG_SCALE: scale[0]}, Path(output_dir or self.args.output_dir, SCALE_FILE))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See transformers' Trainer; a checkpoint in parts, which is not `_save`'s, gets the learned scale, too."""
+        super().save_model(output_dir, _internal_call)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        scale = getattr(decoder_of(self.model), LOG_SCALE, None)
+        if scale is None or plugin is None or "SHARDED_STATE_DICT" not in str(plugin.state_dict_type):
+            return
+        whole = scale.full_tensor() if isinstance(scale, DTensor) else scale  # which takes every process
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({LOG_SCALE: whole.detach().cpu()}, folder / SCALE_FILE)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_scale(resume_from_checkpoint, model)
@@ -120,9 +133,16 @@ class ContrastiveTrainer(StageTrainer):
         self._load_scale(self.state.best_model_checkpoint)
 
     def _load_scale(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        scale = getattr(decoder_of(self.model if model is None else model), LOG_SCALE, None)
+        if scale is None:
+            return
         path = Path(checkpoint, SCALE_FILE)
-        if path.is_file():
-            _write(getattr(decoder_of(self.model if model is None else model), LOG_SCALE), load_file(path)[LOG_SCALE])
+        if not path.is_file():
+            raise UserError(
+                f"{checkpoint} has no {SCALE_FILE}, and learn_scale=True goes on from the scale in it: name a "
+                "checkpoint that has one, or give learn_scale=False"
+            )
+        _write(scale, load_file(path)[LOG_SCALE])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass; see `StageTrainer`. Returns the loss of all ranks' batch."""

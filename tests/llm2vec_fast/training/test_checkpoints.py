@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.training import SimcseArguments, train_simcse
 from llm2vec_fast.training import checkpoints as module
-from llm2vec_fast.training.checkpoints import complete, damage_of, lack_of, last_checkpoint
+from llm2vec_fast.training.checkpoints import CONTENTS, complete, damage_of, lack_of, last_checkpoint
 from llm2vec_fast.training.resuming import checkpoint_to_resume
 
 Options = Callable[..., SimcseArguments]
@@ -288,3 +288,12 @@ def test_a_model_that_was_trained_anew_in_its_place_is_another_run(cut: Path) ->
     flip(model / "model.safetensors")
     with pytest.raises(UserError, match=r"\(model_name_or_path .*model with samples of SHA-256 \w+ -> .*model with"):
         checkpoint_to_resume(options(cut, model_name_or_path=str(model)))
+
+
+def test_a_learned_scale_is_not_begun_anew_where_its_file_is_lost(cut: Path) -> None:
+    """As checkpoints have none of a run without learn_scale, or of an older version's without a list of their files."""
+    checkpoint = cut / "checkpoint-4"
+    (checkpoint / CONTENTS).unlink()
+    (checkpoint / "scale.safetensors").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-4 has no scale.safetensors, and learn_scale=True goes on from"):
+        train_simcse(options(cut))

@@ -17,7 +17,8 @@ STAGES = {
     "simcse": {"learn_scale": True},
     "contrastive": {"token_budget": 200},
 }
-IN_PARTS = {"state_dict_type": "SHARDED_STATE_DICT"}  # checkpoints, of one stage; else one process writes all weights
+IN_PARTS = {"state_dict_type": "SHARDED_STATE_DICT"}  # checkpoints; else one process writes all weights
+IN_PARTS_OF = ("simcse", "contrastive")
 
 
 def assert_same(some: Path, others: Path, name: str) -> None:
@@ -42,7 +43,7 @@ def test_sharded_weights_train_and_resume_as_whole_ones(
         return settings(output, **shared, **scales, max_steps=steps, lr_scheduler_type="constant")
 
     finished(launch(stage, options("whole", 4), processes=2))
-    config = json.dumps({**SHARDED, **(IN_PARTS if stage == "contrastive" else {})})
+    config = json.dumps({**SHARDED, **(IN_PARTS if stage in IN_PARTS_OF else {})})
     # The second goes on from the first one's checkpoint; a third has nothing to do.
     for steps in (2, 4, 4) if stage == "simcse" else (2, 4):
         given = {**options("sharded", steps), "fsdp": True, "fsdp_config": config}
