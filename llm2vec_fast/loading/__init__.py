@@ -11,11 +11,12 @@ from typing import Any
 
 _PLACES = {
     "adapters": ("adapter_weights", "merged", "put_on", "wrapped_in"),
+    "below": ("require_below", "write_below"),
     "devices": ("best_device", "placement"),
-    "files": ("ADAPTER_WEIGHTS", "CONFIG", "SETTINGS_FILE", "Source"),
+    "files": ("ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "CONFIG", "SETTINGS_FILE", "Source"),
     "hub": ("HubOptions", "locate"),
     "models": ("Loaded", "load", "load_decoder", "load_stack"),
-    "origin": ("Origin", "first_difference", "origin_of", "own_weights", "same"),
+    "origin": ("Origin", "first_difference", "origin_of", "own_weights", "remember", "same"),
     "settings": ("CAUSAL", "CHECKPOINT", "ENCODER_SETTINGS"),
     "stack": ("Stack", "resolve"),
 }

@@ -12,13 +12,14 @@ from llm2vec_fast.errors import ModelLoadError
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTERS_BELOW = "adapters_below.json"  # of a checkpoint, where adapters were merged into its base
 SETTINGS_FILE = "llm2vec_config.json"
 MODULES = "modules.json"  # of sentence-transformers
 INDEX = "model.safetensors.index.json"
 
 # Loading reads nothing that is not named here. What is fetched from a hub and what a fingerprint covers are taken from
 # these, so that neither can miss a file that decides embeddings.
-ADAPTER_PATTERNS = (ADAPTER_CONFIG, "adapter_model*", SETTINGS_FILE)
+ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTERS_BELOW, "adapter_model*", SETTINGS_FILE)
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", CONFIG, *ADAPTER_PATTERNS)
 TOKENIZER_PATTERNS = (
     "tokenizer*",

@@ -10,6 +10,7 @@ from typing import Any
 from llm2vec_fast.adapters import adapter_source
 from llm2vec_fast.errors import ModelLoadError
 
+from .below import require_below
 from .files import ADAPTER_CONFIG, ADAPTER_PATTERNS, CONFIG, SETTINGS_FILE, TOKENIZER_PATTERNS, WEIGHT_PATTERNS, Source
 from .hub import HubOptions, locate
 
@@ -66,7 +67,7 @@ def resolve(
         hub, code, gguf_file: see `locate`.
 
     Raises:
-        ModelLoadError: something is missing, or it cannot be told which model is meant.
+        ModelLoadError: something is missing, it cannot be told which model is meant, or an adapter needs others below.
     """
     hub = hub or HubOptions()
     named = source = locate(base, hub, code=code, gguf_file=gguf_file)
@@ -83,6 +84,9 @@ def resolve(
         top = locate(place, hub.of_adapter(place))
         if not top.is_adapter:
             raise ModelLoadError(f"the adapter {adapter} has no {ADAPTER_CONFIG}: pass the folder that holds it")
+    adapters = [*merged, *([] if top is None else [top])]
+    for place, each in enumerate(adapters):
+        require_below(each, adapters[:place])
     return Stack(named, source, tuple(merged), top)
 
 

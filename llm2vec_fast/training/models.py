@@ -26,7 +26,10 @@ from llm2vec_fast.loading import (
     load_stack,
     locate,
     merged,
+    origin_of,
     put_on,
+    remember,
+    require_below,
     resolve,
 )
 from llm2vec_fast.loading.files import Source
@@ -86,6 +89,7 @@ def load_model(arguments: StageArguments, *, head: bool) -> StageModel:
             updates.append(update)
         else:
             model = merged(put_on(model, adapter))
+    remember(model, replace(origin_of(model), merged=tuple(adapters)))
     model = make_bidirectional(model.requires_grad_(True))  # an adapter froze what it was merged into
     if continued is not None:
         model = _trained_on(model, continued, arguments.lora_dropout)
@@ -180,7 +184,10 @@ def _resolved(arguments: StageArguments) -> tuple[Stack, list[Source]]:
                 'of its adapter, or "" for none'
             )
     stack = resolve(str(arguments.model_name_or_path), hub=HubOptions(revision=arguments.model_revision))
-    return replace(stack, merged=()), [*stack.merged, *(locate(name) for name in names)]
+    adapters = [*stack.merged, *(locate(name) for name in names)]
+    for place, adapter in enumerate(adapters):
+        require_below(adapter, adapters[:place])
+    return replace(stack, merged=()), adapters
 
 
 def _trained_on(model: nn.Module, adapter: Source, dropout: float) -> PeftModel:

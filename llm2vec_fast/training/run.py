@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.loading import ADAPTER_CONFIG, origin_of, write_below
 from llm2vec_fast.training.arguments import StageArguments
 from llm2vec_fast.training.checkpoints import complete, last_checkpoint, told_if_unwritable, whole_or_gone
 from llm2vec_fast.training.config import write_arguments
@@ -156,6 +157,12 @@ class StageTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
         finally:
             del state.save_to_json
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if (folder / ADAPTER_CONFIG).exists() and (below := origin_of(self.model).merged):
+            write_below(folder, below)  # the adapter alone lacks what they added
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -13,7 +13,10 @@ from reference_data import FOLDER, assert_matches
 from safetensors.torch import load_file, save_file
 
 from llm2vec_fast import LLM2Vec
+from llm2vec_fast.errors import ModelLoadError
+from llm2vec_fast.loading.files import ADAPTERS_BELOW
 from llm2vec_fast.training.arguments import SimcseArguments
+from llm2vec_fast.training.models import load_model
 from llm2vec_fast.training.simcse import train_simcse
 
 Settings = Callable[..., dict[str, object]]
@@ -65,3 +68,37 @@ def test_it_comes_out_with_what_was_merged_before_it(settings: Settings, tmp_pat
     below.save(tmp_path / "below", merge_before_save=True)
     both = LLM2Vec.from_pretrained(tmp_path / "below", adapter, dtype="float32", device="cpu")
     assert_matches(embeddings(str(tmp_path / "out")), both.encode(TEXTS, convert_to_numpy=True))
+
+
+def test_a_checkpoint_is_refused_without_the_adapters_that_were_under_it(settings: Settings, tmp_path: Path) -> None:
+    """Alone it would load, to vectors without what they added."""
+    adapter = adapter_with(tmp_path / "adapter", base_model_name_or_path=str(FOLDER / "llama"))
+    given = {"max_steps": 2, "save_steps": 2, "peft_model_name_or_path": [adapter]}
+    train_simcse(SimcseArguments(**settings(**given)))
+    checkpoint, trained = str(tmp_path / "out" / "checkpoint-2"), embeddings(str(tmp_path / "out"))
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copytree(checkpoint, tmp_path / "moved" / "weights")
+    for place in (checkpoint, str(moved)):
+        needs = f"{place} is a checkpoint of a run with {adapter} merged into its base, and here there is none"
+        with pytest.raises(ModelLoadError, match=needs):
+            embeddings(place)
+        with pytest.raises(ModelLoadError, match=needs):
+            LLM2Vec.from_pretrained(place, device="cpu")
+        for later in ({}, {"continue_adapter": True}):
+            with pytest.raises(ModelLoadError, match=needs):
+                load_model(SimcseArguments(**settings("next", peft_model_name_or_path=[place], **later)), head=False)
+    other = adapter_with(tmp_path / "other", rank_of_queries=2)
+    with pytest.raises(ModelLoadError, match=f"and here there is {other}: "):
+        load_model(SimcseArguments(**settings("next", peft_model_name_or_path=[other, checkpoint])), head=False)
+    whole = LLM2Vec.from_pretrained(adapter, checkpoint, dtype="float32", device="cpu")
+    assert_matches(whole.encode(TEXTS, convert_to_numpy=True), trained)
+    given |= {"peft_model_name_or_path": [adapter, checkpoint], "continue_adapter": True}
+    train_simcse(SimcseArguments(**settings("on", **given, learning_rate=0.0)))
+    assert_matches(embeddings(str(tmp_path / "on")), trained)
+    later = tmp_path / "on" / "checkpoint-2"
+    with pytest.raises(ModelLoadError, match=f"a run with {adapter} merged"):
+        embeddings(str(later))
+    assert not (tmp_path / "out" / ADAPTERS_BELOW).exists()  # the encoder holds them all
+    (later / ADAPTERS_BELOW).write_text('{"merged": 3}')
+    with pytest.raises(ModelLoadError, match=f"{later}/{ADAPTERS_BELOW} does not name adapters"):
+        embeddings(str(later))
