@@ -158,6 +158,11 @@ def _texts(files: Sequence[InputFile], asked: Asked, csv: Csv, code: str) -> Ite
             yield {"text": text, **place, "problem": place["problem"] or wrong}
 
 
+def _largest(tokens: Dataset) -> int:
+    ids = (pc.max(pc.list_flatten(chunk)).as_py() for chunk in tokens.data.column("input_ids").chunks)
+    return max((largest for largest in ids if largest is not None), default=0)
+
+
 class Numbered(torch.utils.data.Dataset):
     """Rows of a dataset, each with its number under ``row``; None for `NO_ROW`."""
 
@@ -212,7 +217,7 @@ def tokenise(
 
     # The tokenizer takes part in the name under which datasets keeps the result: no other model will find it.
     tokens = texts.map(encode, batched=True, remove_columns=["text"], desc="tokenising")
-    if rows is not None and has_tokens_beyond(tokenizer, rows):
+    if rows is not None and has_tokens_beyond(tokenizer, rows) and _largest(tokens) >= rows:
         for start in range(0, len(texts), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)
             require_rows(texts[some]["text"], tokens[some]["input_ids"], tokenizer, rows)

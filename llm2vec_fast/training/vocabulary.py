@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -54,9 +55,23 @@ def require_rows_for(
     tokenizer: PreTrainedTokenizerBase,
     model: nn.Module,
 ) -> None:
-    """`require_rows` of (instruction, text) pairs, which are only looked at where there is something to find."""
+    """`require_rows` of (instruction, text) pairs, which are only tokenised where there may be something to find."""
     rows, left = embedding_rows(model), iter(texts)
     if not has_tokens_beyond(tokenizer, rows):
         return
-    while some := list(islice(left, _AT_ONCE)):
+    some, sought = list(islice(left, _AT_ONCE)), _sought(tokenizer, rows)
+    if sought is not None:  # beyond the first texts, which show what the tokenizer adds to each
+        join = text_tokenizer.template.join
+        left = (pair for pair in left if sought.search(join(*pair).joined))
+    while some:
         require_rows([" ".join(filter(None, pair)) for pair in some], text_tokenizer(some).ids, tokenizer, rows)
+        some = list(islice(left, _AT_ONCE))
+
+
+def _sought(tokenizer: PreTrainedTokenizerBase, rows: int) -> re.Pattern[str] | None:
+    """What a text with a token without a row contains; None where only its tokens tell."""
+    added = tokenizer.added_tokens_decoder
+    beyond = [added.get(number) for number in tokenizer.get_vocab().values() if number >= rows]
+    if any(token is None or token.normalized or re.search(r"\s", token.content) for token in beyond):
+        return None
+    return re.compile("|".join(re.escape(token.content) for token in beyond))

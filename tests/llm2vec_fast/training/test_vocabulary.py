@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 from reference_data import FOLDER
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from llm2vec_fast.errors import UserError
+from llm2vec_fast.prompts import Template
+from llm2vec_fast.tokenization import TextTokenizer
 from llm2vec_fast.training.arguments import ContrastiveArguments, MntpArguments, SimcseArguments
 from llm2vec_fast.training.contrastive import train_contrastive
 from llm2vec_fast.training.masking import IGNORED, mask_id_of
 from llm2vec_fast.training.mntp import MntpCollator, train_mntp
 from llm2vec_fast.training.simcse import train_simcse
+from llm2vec_fast.training.vocabulary import require_rows_for
 
 Settings = Callable[..., dict[str, Any]]
 ROWS = 384  # of the model's embedding
@@ -86,3 +91,42 @@ def test_a_text_with_a_token_without_a_row_is_named_before_training(
 def test_tokens_without_a_row_that_no_text_holds_are_no_obstacle(model: str, settings: Settings) -> None:
     given = {"mask_token_type": "eos", "mlm_probability": 0.9, "line_by_line": True, "save_strategy": "no"}
     assert train_mntp(MntpArguments(**settings(model_name_or_path=model, **given))).global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("token", "whole"),
+    [
+        (AddedToken("[PAD9]", special=True, normalized=False), False),
+        (AddedToken("[PAD9]", normalized=True), True),
+        (AddedToken("[a b]", special=True, normalized=False), True),
+    ],
+    ids=["special", "normalized", "space"],
+)
+def test_only_texts_that_may_hold_a_token_without_a_row_are_tokenised(token: AddedToken, whole: bool) -> None:
+    """Padding added to a tokenizer must not cost a pass over a large corpus, nor go unseen at its end."""
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
+    tokenizer.add_tokens([token], special_tokens=token.special)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "llama", dtype=torch.float32)
+    own, seen = TextTokenizer(tokenizer, Template(), 16, 16), []
+
+    def counted(pairs: Sequence[tuple[str, str]]) -> Any:
+        seen.extend(pairs)
+        return own(pairs)
+
+    counted.template = own.template
+    texts = [("", f"text {i}") for i in range(5000)]
+    require_rows_for(texts, counted, tokenizer, model)
+    assert len(seen) == (5000 if whole else 1024)
+    for place in (0, 4999):
+        bad = [*texts[:place], ("", f"the {token.content} cat"), *texts[place + 1 :]]
+        with pytest.raises(UserError, match=r"the text 'the \[.*\] cat' holds the token '\[.*\]' with the id 384"):
+            require_rows_for(bad, counted, tokenizer, model)
+
+
+def test_what_the_tokenizer_puts_around_every_text_needs_a_row_too() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
+    tokenizer.add_special_tokens({"cls_token": "[C]"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("[C] $A", special_tokens=[("[C]", 384)])
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "llama", dtype=torch.float32)
+    with pytest.raises(UserError, match=r"the text 'a cat' holds the token '\[C\]' with the id 384"):
+        require_rows_for([("", "a cat")], TextTokenizer(tokenizer, Template(), 16, 16), tokenizer, model)
