@@ -88,8 +88,7 @@ class StageTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> EverySetOnce:
         sizes = getattr(eval_dataset, "sizes", None) or [len(eval_dataset)]
-        processes = 1 if self.accelerator.split_batches else self.args.world_size  # that a batch is for
-        return EverySetOnce(sizes, self.args.eval_batch_size * processes)
+        return EverySetOnce(sizes, self.args.eval_batch_size * self.args.world_size)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """See transformers' Trainer."""

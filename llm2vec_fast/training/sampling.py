@@ -53,20 +53,18 @@ class EvenShares(BatchSampler):
     batch_size = None  # what accelerate takes for batches of any size, which it hands out as they are
 
     def __init__(self, shard: BatchSamplerShard) -> None:
-        self._batches, self._processes, self._split = shard.batch_sampler, shard.num_processes, shard.split_batches
-        self._size = shard.batch_size // (shard.num_processes if shard.split_batches else 1)
+        self._batches, self._processes = shard.batch_sampler, shard.num_processes
 
     def __len__(self) -> int:
-        count = len(self._batches)
-        return count * self._processes if self._split else count + -count % self._processes
+        return len(self._batches) + self._spare
 
     def __iter__(self) -> Iterator[list[int]]:
-        given = 0
-        for batch in self._batches:
-            for start in range(0, len(batch), self._size):
-                yield batch[start : start + self._size]
-                given += 1
-        yield from ([] for _ in range(given, len(self)))
+        yield from self._batches
+        yield from ([] for _ in range(self._spare))
+
+    @property
+    def _spare(self) -> int:
+        return -len(self._batches) % self._processes
 
 
 def without_repeats(loader: DataLoader) -> DataLoader:
@@ -76,7 +74,7 @@ def without_repeats(loader: DataLoader) -> DataLoader:
     """
     shard = loader.batch_sampler
     if isinstance(shard, BatchSamplerShard) and shard.num_processes > 1 and not shard.drop_last:
-        shard.batch_sampler, shard.batch_size, shard.split_batches = EvenShares(shard), None, False
+        shard.batch_sampler, shard.batch_size = EvenShares(shard), None
     return loader
 
 

@@ -34,17 +34,16 @@ WITHOUT = {name: value for name, value in PLAIN.items() if name != "lora_dropout
 LENGTHS = {"max_length": 24, "doc_max_length": 24}  # those of `settings`
 
 
-@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_get_every_row_once_in_as_many_batches(processes: int, drop_last: bool, split: bool) -> None:
+def test_processes_get_every_row_once_in_as_many_batches(processes: int, drop_last: bool) -> None:
     for count in range(1, 30):
         shares = []
         for rank in range(processes):
             plain = DataLoader(range(count), batch_size=6, drop_last=drop_last, collate_fn=list)
-            given = {"num_processes": processes, "process_index": rank, "split_batches": split}
+            given = {"num_processes": processes, "process_index": rank}
             shares.append(list(without_repeats(prepare_data_loader(plain, **given, put_on_device=False))))
-        whole = 6 if split else 6 * processes
+        whole = 6 * processes
         expected = count // whole * whole if drop_last else count
         assert {len(batches) for batches in shares} == {-(-expected // whole)}
         steps = [sorted(row for batch in step for row in batch) for step in zip(*shares, strict=True)]
