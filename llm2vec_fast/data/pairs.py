@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -116,21 +116,21 @@ class KnownPositives:
         return self._of_texts.get(name, name)
 
 
-def known_positives(
-    queries: Sequence[str], positives: Sequence[Sequence[str]], names: Sequence[str | None]
-) -> KnownPositives:
+def known_positives(rows: Iterable[tuple[str, Sequence[str], str | None]]) -> KnownPositives:
     """A row's query is known to be suited by the texts of its row, and of the rows of the same query or the same name.
 
     That is all: it does not go on from row to row. Rows that share documents in a chain keep each other's others as
     negatives.
 
     Args:
-        queries: of each row.
-        positives: the documents of each row, at least one.
-        names: what each row is called, None where it has no name.
+        rows: query, documents, and what the row is called, None where it has no name; gone through once.
     """
-    texts = [[identity(query), *map(identity, own)] for query, own in zip(queries, positives, strict=True)]
-    groups = _groups(queries, names)
+    texts, of_queries, names = [], [], []
+    for query, own, name in rows:
+        texts.append([identity(query), *map(identity, own)])
+        of_queries.append(identity(query, b"query"))
+        names.append(name)
+    groups = _groups(of_queries, names)
     # A text of one group goes by the group, so that a row of thousands of documents has one id; else by itself.
     of_texts: dict[int, int] = {}
     for own, of_row in zip(texts, groups.tolist(), strict=True):
@@ -145,13 +145,12 @@ def known_positives(
     return KnownPositives(groups, shared, of_texts)
 
 
-def _groups(queries: Sequence[str], names: Sequence[str | None]) -> np.ndarray:
-    """(rows, 2) int64, the groups of each row: of its query, and of its name where another row has it too.
+def _groups(of_queries: Sequence[int], names: Sequence[str | None]) -> np.ndarray:
+    """(rows, 2) int64, the groups of each row: of its query (a number), and of its name where another row has it too.
 
     The group of a query all of whose rows have one name is that of the name.
     """
     rows = Counter(names)
-    of_queries = [identity(query, b"query") for query in queries]
     of_names = [None if name is None or rows[name] == 1 else identity(name, b"name") for name in names]
     only: dict[int, int | None] = {}  # the name of all rows of a query, if they have one
     for query, name in zip(of_queries, of_names, strict=True):

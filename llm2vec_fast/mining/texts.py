@@ -89,7 +89,7 @@ def read_mining_texts(
         documents.setdefault(identity(text), text)
     places = {name: place for place, name in enumerate(documents)}
     own = [pair.positives for pair in some]
-    known = known_positives([pair.query for pair in some], own, [pair.name for pair in some])
+    known = known_positives((pair.query, texts, pair.name) for pair, texts in zip(some, own, strict=True))
     return MiningTexts(
         rows=found.kept(kept),
         queries=[pair.query for pair in some],

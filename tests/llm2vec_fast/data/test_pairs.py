@@ -16,7 +16,7 @@ def test_a_text_suits_the_queries_of_its_rows_and_of_their_namesakes_and_no_othe
             (rng.choice(texts), rng.choices(texts, k=rng.randint(1, 3)), rng.choice([None, None, "x", "y", "z"]))
             for _ in range(rng.randint(1, 12))
         ]
-        known = known_positives(*zip(*rows, strict=True))
+        known = known_positives(rows)
         for row, (query, _, name) in enumerate(rows):
             suits = {
                 text
@@ -29,7 +29,7 @@ def test_a_text_suits_the_queries_of_its_rows_and_of_their_namesakes_and_no_othe
 
 
 def test_white_space_makes_no_other_text() -> None:
-    known = known_positives(["a cat"], [["it  sat"]], [None])
+    known = known_positives([("a cat", ["it  sat"], None)])
     assert known.of_text(" it sat\n") in known.of_row(0)
     assert known.of_text("It sat") not in known.of_row(0)
 
@@ -37,7 +37,7 @@ def test_white_space_makes_no_other_text() -> None:
 def test_a_row_of_a_thousand_documents_of_its_own_has_one_id() -> None:
     """What a batch compares grows with what is shared alone."""
     many = [f"document {i}" for i in range(1000)]
-    known = known_positives(["q", "other"], [many, ["document 7", "mine"]], [None, None])
+    known = known_positives([("q", many, None), ("other", ["document 7", "mine"], None)])
     assert len(known.of_row(0)) == len(known.of_row(1)) == 2
-    named = known_positives([f"q {i}" for i in range(1000)], [[text] for text in many], ["class"] * 1000)
+    named = known_positives((f"q {i}", [text], "class") for i, text in enumerate(many))
     assert len(named.of_row(5)) == 1
