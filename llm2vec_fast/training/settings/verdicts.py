@@ -57,6 +57,7 @@ _SAMPLER = "batches of one data set are drawn by a sampler of the stage's own: l
 _WHOLE_BATCH = "the loss is of the batch of all processes in any case"
 _SEVERAL = "with several processes"
 _NEGATIVES = "a smaller batch has fewer negatives: give token_budget, which bounds memory at any batch size"
+_REENTRANT = "over several processes use_reentrant does not go with token_budget or ddp_find_unused_parameters: refused"
 _HUB = "nothing is pushed: upload output_dir when the run is done"
 _EVALUATES = "validation_file"
 
@@ -107,7 +108,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
     "tf32": _honoured("refused where there is none"),
     "activation_checkpointing": {**_honoured(), **_refused(_HEAD, WORD_LEVEL)},
     "activation_checkpointing_kwargs": {
-        **_honoured("", "activation_checkpointing", "gradient_checkpointing"),
+        **_honoured(_REENTRANT, "activation_checkpointing", "gradient_checkpointing"),
         **_refused(_HEAD, WORD_LEVEL),
     },
     "gradient_checkpointing": {
@@ -115,7 +116,7 @@ VERDICTS: dict[str, dict[str, Verdict]] = {
         **_refused(_HEAD, WORD_LEVEL),
     },
     "gradient_checkpointing_kwargs": {
-        **_honoured("", "activation_checkpointing", "gradient_checkpointing"),
+        **_honoured(_REENTRANT, "activation_checkpointing", "gradient_checkpointing"),
         **_refused(_HEAD, WORD_LEVEL),
     },
     "torch_compile": _honoured("the operations are fused without it; a batch of a new size compiles again"),
