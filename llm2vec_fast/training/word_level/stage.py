@@ -86,7 +86,7 @@ def _train(arguments: WordLevelArguments, callbacks: Sequence[TrainerCallback]) 
     if trainer.is_world_process_zero():
         write_arguments(arguments, folder)
     result = trained(trainer, arguments, last)
-    if trainer.is_world_process_zero():  # first: with bf16_full_eval evaluation rounds the weights in place
+    if trainer.is_world_process_zero():  # first: an evaluation that fails loses nothing
         head = trainer.accelerator.unwrap_model(trainer.model)
         save_head(head, labels, arguments.retroactive_labels, encoder, folder)
     for name in ("validation", "test"):
@@ -145,8 +145,7 @@ class WordLevelTrainer(StageTrainer):
         inputs = self._prepare_inputs(inputs)
         labels, rows = inputs["labels"], inputs[ROWS]
         with torch.no_grad(), self.compute_loss_context_manager():
-            features = inputs["features"].to(next(model.parameters()).dtype)  # bf16_full_eval casts the head
-            scores = model(features).float()
+            scores = model(inputs["features"])
         spare = self.args.eval_batch_size - len(labels)
         best, rows = (F.pad(x, (0, spare), value=-1) for x in (scores.argmax(1), rows))
         loss = F.cross_entropy(scores, labels, reduction="sum")

@@ -180,4 +180,4 @@ def trained(path: Path, rows: list[dict[str, Any]]) -> None:
     assert [each["problem"] is None for each in found] == [whole(row["query"], row["positive"]) for row in rows]
     for each, row in zip(found, rows, strict=True):
         if each["problem"] is None:
-            assert (each["query"], each["positives"], each["thing"]) == (row["query"], [row["positive"]], row["key"])
+            assert (each["query"], each["positives"], each["name"]) == (row["query"], [row["positive"]], row["key"])

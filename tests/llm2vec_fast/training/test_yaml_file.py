@@ -45,7 +45,7 @@ def read(folder: Path, lines: str | bytes) -> MntpArguments:
         ("lora_target_modules: [q_proj, 010, &x k_proj, *x]", ["q_proj", "010", "k_proj", "k_proj"]),
         ("optim_target_modules: [010, true]", ["010", "true"]),
         (
-            "lr_scheduler_kwargs: {a: 010, b: 1e-3, c: 0x10, d: [true, ~, 'no']}",
+            "gradient_checkpointing_kwargs: {a: 010, b: 1e-3, c: 0x10, d: [true, ~, 'no']}",
             {"a": 10, "b": 0.001, "c": 16, "d": [True, None, "no"]},
         ),
     ],
