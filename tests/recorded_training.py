@@ -1,0 +1,93 @@
+"""A run of a training stage, and what happened in it: its batches, and of each update the gradients and the weights.
+
+Run as a program it records one process of several: ``recorded_training.py STAGE OPTIONS.json RECORDS``, where each rank
+writes RECORDS-RANK.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from llm2vec_fast import training
+from llm2vec_fast.training.run import StageTrainer
+
+STAGES = {
+    "mntp": ("MntpArguments", "train_mntp"),
+    "simcse": ("SimcseArguments", "train_simcse"),
+    "contrastive": ("ContrastiveArguments", "train_contrastive"),
+    "word-level": ("WordLevelArguments", "train_word_level"),
+}
+
+
+@dataclass
+class Record:
+    """What one process did: the trained weights before the first update, and of each update its batches.
+
+    ``losses`` and ``norms`` are what the log told.
+    """
+
+    before: dict[str, Tensor] = field(default_factory=dict)
+    batches: list[list[dict[str, Tensor]]] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+
+class _Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.record = Record()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self.record.before = _trained(model)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.record.batches.append([])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self.record.gradients.append({
+            name: torch.zeros_like(x) if x.grad is None else x.grad.detach().clone()
+            for name, x in model.named_parameters()
+            if x.requires_grad
+        })  # fmt: skip
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self.record.weights.append(_trained(model))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" in logs:
+            self.record.losses.append(float(logs["loss"]))
+            self.record.norms.append(float(logs["grad_norm"]))
+
+
+def recorded(stage: str, options: dict[str, Any]) -> Record:
+    """Train a stage."""
+    recorder, step = _Recorder(), StageTrainer.training_step
+
+    def watched(self: StageTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        recorder.record.batches[-1].append({n: x.clone() if torch.is_tensor(x) else x for n, x in inputs.items()})
+        return step(self, model, inputs, *args, **kwargs)
+
+    arguments, train = (getattr(training, name) for name in STAGES[stage])
+    with patch.object(StageTrainer, "training_step", watched):
+        train(arguments(**options), callbacks=[recorder])
+    return recorder.record
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in model.named_parameters() if x.requires_grad}
+
+
+if __name__ == "__main__":
+    found = recorded(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))
+    torch.save(vars(found), f"{sys.argv[3]}-{os.environ['RANK']}.pt")

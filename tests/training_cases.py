@@ -1,0 +1,248 @@
+"""Drawn training runs: a combination of settings, and the models, adapters and texts that it needs on disk."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from pairwise import pairwise
+from peft import LoraConfig, get_peft_model
+from reference_data import FOLDER
+from tiny_models import FAMILIES as CONFIGURATIONS
+from tiny_models import SHAPE
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+Case = Mapping[str, Any]
+
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "gemma2": {**CONFIGURATIONS["gemma2"], "final_logit_softcapping": 3.0},  # tied, two caps, a window in every other
+    "qwen3": {"model_type": "qwen3"},
+    "phi3": CONFIGURATIONS["phi3"],  # fused projections
+    "gpt2": {"model_type": "gpt2", **NO_DROPOUT},  # Conv1D, learned positions, tied
+    "gpt_neox": {"model_type": "gpt_neox", **NO_DROPOUT},  # fused, parallel residuals, another name of its decoder
+}
+BIASED = ("gpt2", "gpt_neox")
+TARGETS = {"gpt2": ["c_attn", "c_fc"]}  # no torch Linear, so that training asks which layers are meant
+
+# An adapter's configuration, by the name that a case has for it.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 3, "lora_alpha": 5},
+    "rslora": {"r": 4, "lora_alpha": 4, "use_rslora": True},
+    "pattern": {"r": 2, "lora_alpha": 4, "rank_pattern": {"0": 3}, "alpha_pattern": {"1": 7}},  # by layers, see below
+}
+# Merged below, and what is trained: a new adapter, one of KINDS, or all weights.
+ADAPTERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "new": ((), "new"),
+    "all-weights": ((), "all"),
+    "new-on-merged": (("plain",), "new"),
+    "new-on-two-merged": (("rslora", "pattern"), "new"),
+    "continued": ((), "rslora"),
+    "continued-on-merged": (("rslora",), "pattern"),
+    "all-weights-on-merged": (("pattern",), "all"),
+    "new-on-an-adapters-folder": (("plain",), "new"),
+}
+STAGES = ("mntp", "mntp-joined", "simcse", "contrastive", "negatives", "word-level")
+AXES: dict[str, tuple[Any, ...]] = {
+    "stage": STAGES,
+    "family": tuple(FAMILIES),
+    "adapter": tuple(ADAPTERS),
+    "checkpointing": ("", "reentrant", "non-reentrant"),
+    "budget": (None, 20),
+    "accumulation": (1, 2),
+    "optim": ("adamw_torch", "sgd", "adafactor"),
+    "clipped": (0.0, 0.05),
+    "schedule": (("constant", 0), ("linear", 1), ("cosine", 0)),
+    "decay": (0.0, 0.5),
+    "loss": (0, 1, 2, 3, 4, 5),  # of LOSSES, by the stage
+    "pooling": ("mean", "weighted_mean", "last_token", "bos_token"),
+}
+EMBEDDING_LOSSES = (
+    {},
+    {"symmetric": True},
+    {"learn_scale": True},
+    {"matryoshka_dims": [8, 32], "matryoshka_weights": [1.0, 3.0]},
+    {"query_negatives": True, "false_negative_margin": 0.1},
+    {"symmetric": True, "query_negatives": True, "learn_scale": True, "false_negative_margin": 0.0},
+)
+MNTP_LOSSES = (
+    {},
+    {"label_smoothing_factor": 0.1},
+    {"data_collator_type": "all_mask"},
+    {"data_collator_type": "all_mask", "label_smoothing_factor": 0.3},
+    {"mlm_probability": 0.15},
+    {"mlm_probability": 0.6},
+)
+LEARNING_RATES = {"adamw_torch": 0.01, "sgd": 0.05, "adafactor": 0.01}
+WORDS = "the cat sat on a mat while rain fell over old stone walls near our quiet river".split()
+LENGTH = 16  # tokens: some texts are cut
+
+
+def planned() -> list[Case]:
+    """Cases among which any two values of different settings meet."""
+    return [settled({**case, "seed": i}) for i, case in enumerate(pairwise(**AXES))]
+
+
+def drawn(seed: int) -> Case:
+    """A case at random: any number of settings meet."""
+    rng = random.Random(seed)
+    return settled({**{name: rng.choice(values) for name, values in AXES.items()}, "seed": seed})
+
+
+def settled(case: Case) -> Case:
+    """The case without what it cannot have."""
+    changes: dict[str, Any] = {}
+    if case["stage"] == "word-level":  # a linear head, and no adapter that is trained
+        changes["checkpointing"] = ""
+    if case["optim"] == "adafactor" and "all-weights" in case["adapter"] and case["family"] in BIASED:
+        # The bias of keys has no gradient but noise, which this optimiser makes as large as any.
+        changes["optim"] = "adamw_torch"
+    return {**case, **changes}
+
+
+def name_of(case: Case) -> str:
+    values = [f"{name}{value}" if isinstance(value, int | float) else str(value) for name, value in case.items()]
+    return "-".join(value.replace("_", "-") for value in values if value not in ("", "None"))
+
+
+class Materials:
+    """Models and adapters on disk, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.decoder, self.adapter = cache(self._decoder), cache(self._adapter)
+        self.tokenizer = AutoTokenizer.from_pretrained(FOLDER / "llama")
+
+    def _decoder(self, family: str) -> Path:
+        """A causal model of the family with the reference's tokenizer."""
+        settings = {**SHAPE, "num_hidden_layers": 2, "initializer_range": 0.15, "vocab_size": len(self.tokenizer)}
+        settings |= FAMILIES[family]
+        config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, x in model.named_parameters():
+                if name.endswith("bias"):
+                    x.normal_(std=0.2)
+                elif x.ndim == 1:
+                    x.normal_(mean=1.0, std=0.2)
+        model.save_pretrained(self._folder / family)
+        self.tokenizer.save_pretrained(self._folder / family)
+        return self._folder / family
+
+    def _adapter(self, family: str, kind: str) -> Path:
+        """An adapter of the family's decoder as an earlier stage may have left it: its weights are not zero."""
+        base = AutoModel.from_pretrained(self.decoder(family))
+        settings = dict(KINDS[kind])
+        layers = sorted({name.rsplit(".", 1)[-1] for name, x in base.named_modules() if "layers." in name or "h." in name
+                         if x.__class__.__name__ in ("Linear", "Conv1D")})  # fmt: skip
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            settings[pattern] = {layers[int(i)]: value for i, value in settings.get(pattern, {}).items()}
+        torch.manual_seed(len(kind))
+        config = LoraConfig(target_modules=layers, init_lora_weights=False, **settings)
+        wrapped = get_peft_model(base, config)
+        with torch.no_grad():
+            for x in wrapped.parameters():
+                if x.requires_grad:
+                    x.normal_(std=0.1)
+        wrapped.save_pretrained(self._folder / f"{family}-{kind}")
+        return self._folder / f"{family}-{kind}"
+
+    def below(self, case: Case) -> list[Path]:
+        return [self.adapter(case["family"], kind) for kind in ADAPTERS[case["adapter"]][0]]
+
+    def trained(self, case: Case) -> Path | None:
+        """The adapter that is trained on, if there is one."""
+        kind = ADAPTERS[case["adapter"]][1]
+        return self.adapter(case["family"], kind) if kind in KINDS else None
+
+
+def texts_of(case: Case) -> list[str]:
+    """Ten texts: one of a word, two that are equal but for white space, some too long."""
+    rng = random.Random(case["seed"])
+    found = [" ".join(rng.choices(WORDS, k=rng.randint(2, 6))) + f" {i}" for i in range(8)]
+    return [*found, "cat", found[0].replace(" ", "  ", 1)]
+
+
+def pairs_of(case: Case) -> list[dict[str, Any]]:
+    """Ten rows; two share a query, two a document, and one has a hard negative that is the document of another."""
+    rng, texts = random.Random(case["seed"]), texts_of(case)
+    rows = [
+        {"query": text, "positive": [f"{text} {rng.choice(WORDS)}" for _ in range(rng.randint(1, 2))],
+         "negative": [f"{rng.choice(WORDS)} {i} {k}" for k in range(rng.randint(1, 3))]}
+        for i, text in enumerate(texts[:9])
+    ]  # fmt: skip
+    rows.append({"query": texts[1], "positive": ["another answer"], "negative": []})
+    rows[3]["positive"] = [*rows[2]["positive"][:1], "a second one"]
+    rows[5]["negative"] = rows[4]["positive"]
+    return rows
+
+
+def sentences_of(case: Case) -> list[tuple[list[str], list[str]]]:
+    """Words with labels."""
+    return [(text.split(), [f"L{len(word) % 4}" for word in text.split()]) for text in texts_of(case)]
+
+
+def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The command of llm2vec-fast train, and its options; writes the file of texts."""
+    stage = case["stage"]
+    name, warmup = case["schedule"]
+    options: dict[str, Any] = {
+        "model_name_or_path": str(materials.decoder(case["family"])), "output_dir": str(folder / "out"),
+        "max_seq_length": LENGTH, "model_dtype": "float32", "seed": case["seed"], "logging_steps": 1,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": case["accumulation"],
+        "optim": case["optim"], "learning_rate": LEARNING_RATES[case["optim"]], "weight_decay": case["decay"],
+        "max_grad_norm": case["clipped"], "lr_scheduler_type": name, "warmup_steps": warmup, "adam_epsilon": 1e-3,
+        "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": "none",
+    }  # fmt: skip
+    if case["adapter"] == "new-on-an-adapters-folder":
+        options["model_name_or_path"] = str(materials.below(case)[0])
+    if stage == "word-level":
+        return "word-level", {**options, **_word_options(case, materials, folder)}
+    options |= _adapter_options(case, materials)
+    if case["checkpointing"]:
+        options["gradient_checkpointing"] = True
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": case["checkpointing"] == "reentrant"}
+    options["train_file"] = [str(folder / "texts.txt")]
+    (folder / "texts.txt").write_text("\n".join(texts_of(case)) + "\n")
+    if stage.startswith("mntp"):
+        options |= {"line_by_line": stage == "mntp", "mask_token_type": "eos", "num_train_epochs": 1, "max_steps": -1}
+        return "mntp", {**options, **MNTP_LOSSES[case["loss"]]}
+    options |= {"scale": 5.0, "attention_dropout": 0.0, "pooling_mode": case["pooling"], "max_steps": 2}
+    options |= {"token_budget": case["budget"], **EMBEDDING_LOSSES[case["loss"]]}
+    if stage == "simcse":
+        return "simcse", options
+    options["train_file"] = [str(folder / "pairs.jsonl")]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs_of(case)))
+    options |= {"negatives": 0 if stage == "contrastive" else 2, "query_instruction": ["find it:"]}
+    return "contrastive", options
+
+
+def _adapter_options(case: Case, materials: Materials) -> dict[str, Any]:
+    below, trained = materials.below(case), ADAPTERS[case["adapter"]][1]
+    options: dict[str, Any] = {"lora_r": 0 if trained == "all" else 4, "lora_dropout": 0.0}
+    if case["family"] in TARGETS:
+        options["lora_target_modules"] = TARGETS[case["family"]]
+    if case["adapter"] == "new-on-an-adapters-folder":
+        return options
+    if trained in KINDS:
+        below, options["continue_adapter"] = [*below, materials.trained(case)], True
+    return {**options, "peft_model_name_or_path": [str(path) for path in below]}
+
+
+def _word_options(case: Case, materials: Materials, folder: Path) -> dict[str, Any]:
+    """A sentence a block, a word and its label a line."""
+    blocks = ["\n".join(" ".join(pair) for pair in zip(*sentence, strict=True)) for sentence in sentences_of(case)]
+    (folder / "words.txt").write_text("\n\n".join(blocks) + "\n")
+    options = {"train_file": [str(folder / "words.txt")], "classifier_dropout": 0.0, "num_train_epochs": 1}
+    options |= {"token_budget": case["budget"], "retroactive_labels": ("same_token", "next_token")[case["loss"] % 2]}
+    adapters = [path for path in (*materials.below(case), materials.trained(case)) if path]
+    if adapters and case["adapter"] != "new-on-an-adapters-folder":
+        options["peft_model_name_or_path"] = str(adapters[0])
+    return options
