@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ STAGES = {
 class Record:
     """What one process did: the trained weights before the first update, and of each update its batches.
 
-    ``losses`` and ``norms`` are what the log told.
+    ``gradients`` are those that the optimiser was given; ``losses`` and ``norms`` are what the log told.
     """
 
     before: dict[str, Tensor] = field(default_factory=dict)
@@ -44,12 +46,21 @@ class Record:
     norms: list[float] = field(default_factory=list)
 
 
+class _Interrupted(BaseException):
+    """As a process that is ended."""
+
+
 class _Recorder(TrainerCallback):
-    def __init__(self) -> None:
-        self.record = Record()
+    def __init__(self, interrupted: bool) -> None:
+        self.record, self._interrupted = Record(), interrupted
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        self.record.before = _trained(model)
+        self.record.before = self.record.before or _trained(model)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._interrupted:
+            self._interrupted = False
+            raise _Interrupted
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.record.batches.append([])
@@ -70,18 +81,27 @@ class _Recorder(TrainerCallback):
             self.record.norms.append(float(logs["grad_norm"]))
 
 
-def recorded(stage: str, options: dict[str, Any]) -> Record:
-    """Train a stage."""
-    recorder, step = _Recorder(), StageTrainer.training_step
+def recorded(stage: str, options: Mapping[str, Any], interrupted: bool = False) -> Record:
+    """Train a stage; ``interrupted`` at its first checkpoint, and started again."""
+    recorder, step = _Recorder(interrupted), StageTrainer.training_step
 
     def watched(self: StageTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         recorder.record.batches[-1].append({n: x.clone() if torch.is_tensor(x) else x for n, x in inputs.items()})
         return step(self, model, inputs, *args, **kwargs)
 
-    arguments, train = (getattr(training, name) for name in STAGES[stage])
-    with patch.object(StageTrainer, "training_step", watched):
-        train(arguments(**options), callbacks=[recorder])
+    with suppress(_Interrupted):
+        run_with(watched, stage, options, recorder)
+        interrupted = False
+    if interrupted:
+        run_with(watched, stage, options, recorder)
     return recorder.record
+
+
+def run_with(training_step: Callable[..., Tensor], stage: str, options: Mapping[str, Any], *callbacks: Any) -> None:
+    """Train a stage by another training step."""
+    arguments, train = (getattr(training, name) for name in STAGES[stage])
+    with patch.object(StageTrainer, "training_step", training_step):
+        train(arguments(**options), callbacks=callbacks)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -51,11 +51,12 @@ def decoder_in(model: nn.Module) -> PreTrainedModel:
 def open_masks(decoder: PreTrainedModel, length: int) -> Tensor | dict[str, Tensor]:
     """What lets every token of one text see every other, or those within the window of a layer that has one."""
     open_to_all = torch.zeros(1, 1, length, length)
-    if "sliding_attention" not in (getattr(decoder.config, "layer_types", None) or ()):
+    window, kinds = getattr(decoder.config, "sliding_window", None), getattr(decoder.config, "layer_types", None)
+    if window is None or (kinds and "sliding_attention" not in kinds):
         return open_to_all
     place = torch.arange(length)
-    far = (place[:, None] - place).abs() > decoder.config.sliding_window
-    return {"full_attention": open_to_all, "sliding_attention": open_to_all.masked_fill(far, torch.finfo().min)}
+    near = open_to_all.masked_fill((place[:, None] - place).abs() > window, torch.finfo().min)
+    return {"full_attention": open_to_all, "sliding_attention": near} if kinds else near
 
 
 def outputs_of(model: nn.Module, ids: Tensor) -> Tensor:

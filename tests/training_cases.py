@@ -14,8 +14,10 @@ from pairwise import pairwise
 from peft import LoraConfig, get_peft_model
 from reference_data import FOLDER
 from tiny_models import FAMILIES as CONFIGURATIONS
-from tiny_models import SHAPE
+from tiny_models import SHAPE, WINDOW
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 Case = Mapping[str, Any]
 
@@ -28,14 +30,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", **NO_DROPOUT},  # Conv1D, learned positions, tied
     "gpt_neox": {"model_type": "gpt_neox", **NO_DROPOUT},  # fused, parallel residuals, another name of its decoder
 }
-BIASED = ("gpt2", "gpt_neox")
-TARGETS = {"gpt2": ["c_attn", "c_fc"]}  # no torch Linear, so that training asks which layers are meant
+MORE_FAMILIES: dict[str, dict[str, Any]] = {  # for wide draws
+    **{
+        name: CONFIGURATIONS[name]
+        for name in ("mistral-window", "qwen2-window", "gemma3", "llama3-rope", "phi3-partial")
+    },
+    "cohere2": {"model_type": "cohere2", "logit_scale": 0.25, "sliding_window": WINDOW},
+    "granite": {
+        "model_type": "granite",
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "starcoder2": {"model_type": "starcoder2", "sliding_window": None, **NO_DROPOUT},
+    "glm": {"model_type": "glm", **NO_DROPOUT},
+    "smollm3": {"model_type": "smollm3"},
+}
+BIASED = ("gpt2", "gpt_neox", "qwen2-window", "starcoder2", "glm")
+ONE_LAYER = {"phi3": "qkv_proj", "phi3-partial": "qkv_proj", "gpt2": "c_attn", "gpt_neox": "query_key_value"}
 
 # An adapter's configuration, by the name that a case has for it.
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"r": 3, "lora_alpha": 5},
     "rslora": {"r": 4, "lora_alpha": 4, "use_rslora": True},
-    "pattern": {"r": 2, "lora_alpha": 4, "rank_pattern": {"0": 3}, "alpha_pattern": {"1": 7}},  # by layers, see below
+    "pattern": {"r": 2, "lora_alpha": 4, "rank_pattern": {0: 3}, "alpha_pattern": {1: 7}},  # of the first two layers
 }
 # Merged below, and what is trained: a new adapter, one of KINDS, or all weights.
 ADAPTERS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -62,6 +81,9 @@ AXES: dict[str, tuple[Any, ...]] = {
     "decay": (0.0, 0.5),
     "loss": (0, 1, 2, 3, 4, 5),  # of LOSSES, by the stage
     "pooling": ("mean", "weighted_mean", "last_token", "bos_token"),
+    "targets": ("", "one", "all-linear"),
+    "interrupted": (False, True),  # after the first update, and gone on with
+    "evaluated": (False, True),  # after every update
 }
 EMBEDDING_LOSSES = (
     {},
@@ -80,7 +102,7 @@ MNTP_LOSSES = (
     {"mlm_probability": 0.6},
 )
 LEARNING_RATES = {"adamw_torch": 0.01, "sgd": 0.05, "adafactor": 0.01}
-WORDS = "the cat sat on a mat while rain fell over old stone walls near our quiet river".split()
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "old", "stone", "walls", "river")
 LENGTH = 16  # tokens: some texts are cut
 
 
@@ -89,10 +111,11 @@ def planned() -> list[Case]:
     return [settled({**case, "seed": i}) for i, case in enumerate(pairwise(**AXES))]
 
 
-def drawn(seed: int) -> Case:
-    """A case at random: any number of settings meet."""
+def drawn(seed: int, **fixed: Any) -> Case:
+    """A case at random, but for what is fixed: any number of settings meet."""
     rng = random.Random(seed)
-    return settled({**{name: rng.choice(values) for name, values in AXES.items()}, "seed": seed})
+    axes = {**AXES, "family": (*FAMILIES, *MORE_FAMILIES)}
+    return settled({**{name: rng.choice(values) for name, values in axes.items()}, "seed": seed, **fixed})
 
 
 def settled(case: Case) -> Case:
@@ -100,6 +123,8 @@ def settled(case: Case) -> Case:
     changes: dict[str, Any] = {}
     if case["stage"] == "word-level":  # a linear head, and no adapter that is trained
         changes["checkpointing"] = ""
+    if case["family"] == "gpt2" and not case["targets"]:  # no torch Linear: the layers have to be named
+        changes["targets"] = "one"
     if case["optim"] == "adafactor" and "all-weights" in case["adapter"] and case["family"] in BIASED:
         # The bias of keys has no gradient but noise, which this optimiser makes as large as any.
         changes["optim"] = "adamw_torch"
@@ -107,8 +132,13 @@ def settled(case: Case) -> Case:
 
 
 def name_of(case: Case) -> str:
-    values = [f"{name}{value}" if isinstance(value, int | float) else str(value) for name, value in case.items()]
-    return "-".join(value.replace("_", "-") for value in values if value not in ("", "None"))
+    """Such as mntp-llama-new-reentrant-budget20-accumulation2-sgd-clipped0.05-linear1-loss1-mean-seed8."""
+    shown = {name: "".join(map(str, value)) if isinstance(value, tuple) else value for name, value in case.items()}
+    values = [(name, value) for name, value in shown.items() if value]
+    return "-".join(
+        name if value is True else f"{name}{value}" if isinstance(value, int | float) else value
+        for name, value in values
+    )
 
 
 class Materials:
@@ -122,7 +152,7 @@ class Materials:
     def _decoder(self, family: str) -> Path:
         """A causal model of the family with the reference's tokenizer."""
         settings = {**SHAPE, "num_hidden_layers": 2, "initializer_range": 0.15, "vocab_size": len(self.tokenizer)}
-        settings |= FAMILIES[family]
+        settings |= {**FAMILIES, **MORE_FAMILIES}[family]
         config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config)
@@ -140,10 +170,11 @@ class Materials:
         """An adapter of the family's decoder as an earlier stage may have left it: its weights are not zero."""
         base = AutoModel.from_pretrained(self.decoder(family))
         settings = dict(KINDS[kind])
-        layers = sorted({name.rsplit(".", 1)[-1] for name, x in base.named_modules() if "layers." in name or "h." in name
-                         if x.__class__.__name__ in ("Linear", "Conv1D")})  # fmt: skip
+        layers = sorted({
+            name.rsplit(".", 1)[-1] for name, x in base.named_modules() if isinstance(x, nn.Linear | Conv1D)
+        })  # fmt: skip
         for pattern in ("rank_pattern", "alpha_pattern"):
-            settings[pattern] = {layers[int(i)]: value for i, value in settings.get(pattern, {}).items()}
+            settings[pattern] = {layers[i]: value for i, value in settings.get(pattern, {}).items()}
         torch.manual_seed(len(kind))
         config = LoraConfig(target_modules=layers, init_lora_weights=False, **settings)
         wrapped = get_peft_model(base, config)
@@ -198,19 +229,19 @@ def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dic
         "max_seq_length": LENGTH, "model_dtype": "float32", "seed": case["seed"], "logging_steps": 1,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": case["accumulation"],
         "optim": case["optim"], "learning_rate": LEARNING_RATES[case["optim"]], "weight_decay": case["decay"],
-        "max_grad_norm": case["clipped"], "lr_scheduler_type": name, "warmup_steps": warmup, "adam_epsilon": 1e-3,
-        "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": "none",
+        "max_grad_norm": case["clipped"], "lr_scheduler_type": name, "warmup_steps": warmup, "adam_epsilon": 1e-2,
+        "save_strategy": "steps" if case["interrupted"] else "no", "save_steps": 1,
+        "use_cpu": True, "disable_tqdm": True, "report_to": "none",
     }  # fmt: skip
     if case["adapter"] == "new-on-an-adapters-folder":
         options["model_name_or_path"] = str(materials.below(case)[0])
+    options |= _data_options(case, folder)
     if stage == "word-level":
-        return "word-level", {**options, **_word_options(case, materials, folder)}
+        return "word-level", {**options, **_word_options(case, materials)}
     options |= _adapter_options(case, materials)
     if case["checkpointing"]:
         options["gradient_checkpointing"] = True
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": case["checkpointing"] == "reentrant"}
-    options["train_file"] = [str(folder / "texts.txt")]
-    (folder / "texts.txt").write_text("\n".join(texts_of(case)) + "\n")
     if stage.startswith("mntp"):
         options |= {"line_by_line": stage == "mntp", "mask_token_type": "eos", "num_train_epochs": 1, "max_steps": -1}
         return "mntp", {**options, **MNTP_LOSSES[case["loss"]]}
@@ -218,8 +249,6 @@ def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dic
     options |= {"token_budget": case["budget"], **EMBEDDING_LOSSES[case["loss"]]}
     if stage == "simcse":
         return "simcse", options
-    options["train_file"] = [str(folder / "pairs.jsonl")]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs_of(case)))
     options |= {"negatives": 0 if stage == "contrastive" else 2, "query_instruction": ["find it:"]}
     return "contrastive", options
 
@@ -227,8 +256,9 @@ def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dic
 def _adapter_options(case: Case, materials: Materials) -> dict[str, Any]:
     below, trained = materials.below(case), ADAPTERS[case["adapter"]][1]
     options: dict[str, Any] = {"lora_r": 0 if trained == "all" else 4, "lora_dropout": 0.0}
-    if case["family"] in TARGETS:
-        options["lora_target_modules"] = TARGETS[case["family"]]
+    if case["targets"]:
+        one = ONE_LAYER.get(case["family"], "q_proj")
+        options["lora_target_modules"] = [one if case["targets"] == "one" else case["targets"]]
     if case["adapter"] == "new-on-an-adapters-folder":
         return options
     if trained in KINDS:
@@ -236,12 +266,23 @@ def _adapter_options(case: Case, materials: Materials) -> dict[str, Any]:
     return {**options, "peft_model_name_or_path": [str(path) for path in below]}
 
 
-def _word_options(case: Case, materials: Materials, folder: Path) -> dict[str, Any]:
-    """A sentence a block, a word and its label a line."""
-    blocks = ["\n".join(" ".join(pair) for pair in zip(*sentence, strict=True)) for sentence in sentences_of(case)]
-    (folder / "words.txt").write_text("\n\n".join(blocks) + "\n")
-    options = {"train_file": [str(folder / "words.txt")], "classifier_dropout": 0.0, "num_train_epochs": 1}
-    options |= {"token_budget": case["budget"], "retroactive_labels": ("same_token", "next_token")[case["loss"] % 2]}
+def _data_options(case: Case, folder: Path) -> dict[str, Any]:
+    """The file of texts, which is evaluated on as well."""
+    if case["stage"] == "word-level":
+        blocks = ["\n".join(map(" ".join, zip(*sentence, strict=True))) for sentence in sentences_of(case)]
+        path, content = folder / "words.txt", "\n\n".join(blocks)
+    elif case["stage"] in ("contrastive", "negatives"):
+        path, content = folder / "pairs.jsonl", "\n".join(map(json.dumps, pairs_of(case)))
+    else:
+        path, content = folder / "texts.txt", "\n".join(texts_of(case))
+    path.write_text(content + "\n")
+    evaluation = {"validation_file": [str(path)], "eval_strategy": "steps", "eval_steps": 1}
+    return {"train_file": [str(path)], **(evaluation if case["evaluated"] else {})}
+
+
+def _word_options(case: Case, materials: Materials) -> dict[str, Any]:
+    options = {"classifier_dropout": 0.0, "num_train_epochs": 1, "token_budget": case["budget"]}
+    options |= {"per_device_train_batch_size": 16, "retroactive_labels": ("same_token", "next_token")[case["loss"] % 2]}
     adapters = [path for path in (*materials.below(case), materials.trained(case)) if path]
     if adapters and case["adapter"] != "new-on-an-adapters-folder":
         options["peft_model_name_or_path"] = str(adapters[0])
