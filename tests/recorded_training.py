@@ -35,7 +35,8 @@ STAGES = {
 class Record:
     """What one process did: the trained weights before the first update, and of each update its batches.
 
-    ``gradients`` are those that the optimiser was given; ``losses`` and ``norms`` are what the log told.
+    ``gradients`` are those that the optimiser was given; ``losses``, ``norms`` and
+    ``evaluated``, the losses on the validation files, are what the log told.
     """
 
     before: dict[str, Tensor] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Record:
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    evaluated: list[float] = field(default_factory=list)
 
 
 class _Interrupted(BaseException):
@@ -79,6 +81,8 @@ class _Recorder(TrainerCallback):
         if "loss" in logs:
             self.record.losses.append(float(logs["loss"]))
             self.record.norms.append(float(logs["grad_norm"]))
+        if "eval_loss" in logs and len(self.record.evaluated) < len(self.record.losses):  # once more at the end
+            self.record.evaluated.append(float(logs["eval_loss"]))
 
 
 def recorded(stage: str, options: Mapping[str, Any], interrupted: bool = False) -> Record:

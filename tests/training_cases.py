@@ -82,8 +82,11 @@ AXES: dict[str, tuple[Any, ...]] = {
     "loss": (0, 1, 2, 3, 4, 5),  # of LOSSES, by the stage
     "pooling": ("mean", "weighted_mean", "last_token", "bos_token"),
     "targets": ("", "one", "all-linear"),
+    "rank": (None, 64),  # of what is written, which is enough for all of it
     "interrupted": (False, True),  # after the first update, and gone on with
-    "evaluated": (False, True),  # after every update
+    "evaluated": ("", "evaluated", "best"),  # after every update; the best is what comes out
+    "pairs": ("", "named", "two-files"),
+    "long": (False, True),  # into another epoch
 }
 EMBEDDING_LOSSES = (
     {},
@@ -123,6 +126,8 @@ def settled(case: Case) -> Case:
     changes: dict[str, Any] = {}
     if case["stage"] == "word-level":  # a linear head, and no adapter that is trained
         changes["checkpointing"] = ""
+    if case["stage"] not in ("contrastive", "negatives"):
+        changes["pairs"] = ""
     if case["family"] == "gpt2" and not case["targets"]:  # no torch Linear: the layers have to be named
         changes["targets"] = "one"
     if case["optim"] == "adafactor" and "all-weights" in case["adapter"] and case["family"] in BIASED:
@@ -201,8 +206,18 @@ def texts_of(case: Case) -> list[str]:
     return [*found, "cat", found[0].replace(" ", "  ", 1)]
 
 
-def pairs_of(case: Case) -> list[dict[str, Any]]:
-    """Ten rows; two share a query, two a document, and one has a hard negative that is the document of another."""
+def pairs_of(case: Case) -> list[list[dict[str, Any]]]:
+    """A file of ten rows, or two.
+
+    Two rows share a query, two a document, two a name where rows have names; and one has a hard negative that is the
+    document of another.
+    """
+    if case["pairs"] != "two-files":
+        return [_rows_of_pairs(case)]
+    return [_rows_of_pairs(case), _rows_of_pairs({**case, "seed": case["seed"] + 10**6})]
+
+
+def _rows_of_pairs(case: Case) -> list[dict[str, Any]]:
     rng, texts = random.Random(case["seed"]), texts_of(case)
     rows = [
         {"query": text, "positive": [f"{text} {rng.choice(WORDS)}" for _ in range(rng.randint(1, 2))],
@@ -212,6 +227,8 @@ def pairs_of(case: Case) -> list[dict[str, Any]]:
     rows.append({"query": texts[1], "positive": ["another answer"], "negative": []})
     rows[3]["positive"] = [*rows[2]["positive"][:1], "a second one"]
     rows[5]["negative"] = rows[4]["positive"]
+    if case["pairs"] == "named":
+        rows = [{**row, "name": f"name {8 if i == 6 else i}"} for i, row in enumerate(rows)]
     return rows
 
 
@@ -230,12 +247,13 @@ def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dic
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": case["accumulation"],
         "optim": case["optim"], "learning_rate": LEARNING_RATES[case["optim"]], "weight_decay": case["decay"],
         "max_grad_norm": case["clipped"], "lr_scheduler_type": name, "warmup_steps": warmup, "adam_epsilon": 1e-2,
-        "save_strategy": "steps" if case["interrupted"] else "no", "save_steps": 1,
+        "save_strategy": "steps" if case["interrupted"] or case["evaluated"] == "best" else "no", "save_steps": 1,
         "use_cpu": True, "disable_tqdm": True, "report_to": "none",
     }  # fmt: skip
     if case["adapter"] == "new-on-an-adapters-folder":
         options["model_name_or_path"] = str(materials.below(case)[0])
-    options |= _data_options(case, folder)
+    options |= {**_data_options(case, folder), "load_best_model_at_end": case["evaluated"] == "best"}
+    options |= {"max_steps": 5} if case["long"] else {"num_train_epochs": 1, "max_steps": -1}
     if stage == "word-level":
         return "word-level", {**options, **_word_options(case, materials)}
     options |= _adapter_options(case, materials)
@@ -243,19 +261,26 @@ def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dic
         options["gradient_checkpointing"] = True
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": case["checkpointing"] == "reentrant"}
     if stage.startswith("mntp"):
-        options |= {"line_by_line": stage == "mntp", "mask_token_type": "eos", "num_train_epochs": 1, "max_steps": -1}
+        options |= {"line_by_line": stage == "mntp", "mask_token_type": "eos"}
         return "mntp", {**options, **MNTP_LOSSES[case["loss"]]}
-    options |= {"scale": 5.0, "attention_dropout": 0.0, "pooling_mode": case["pooling"], "max_steps": 2}
+    options |= {"scale": 5.0, "attention_dropout": 0.0, "pooling_mode": case["pooling"]}
+    options["max_steps"] = 4 if case["long"] else 2
     options |= {"token_budget": case["budget"], **EMBEDDING_LOSSES[case["loss"]]}
     if stage == "simcse":
         return "simcse", options
     options |= {"negatives": 0 if stage == "contrastive" else 2, "query_instruction": ["find it:"]}
+    if case["pairs"] == "named":
+        options["id_column"] = "name"
+    if case["pairs"] == "two-files":
+        options |= {"query_instruction": ["find it:", "what says"], "document_instruction": ["", "this:"]}
     return "contrastive", options
 
 
 def _adapter_options(case: Case, materials: Materials) -> dict[str, Any]:
     below, trained = materials.below(case), ADAPTERS[case["adapter"]][1]
     options: dict[str, Any] = {"lora_r": 0 if trained == "all" else 4, "lora_dropout": 0.0}
+    if case["rank"] and trained != "all":
+        options |= {"saved_rank": case["rank"], "lora_alpha": 3}
     if case["targets"]:
         one = ONE_LAYER.get(case["family"], "q_proj")
         options["lora_target_modules"] = [one if case["targets"] == "one" else case["targets"]]
@@ -267,21 +292,22 @@ def _adapter_options(case: Case, materials: Materials) -> dict[str, Any]:
 
 
 def _data_options(case: Case, folder: Path) -> dict[str, Any]:
-    """The file of texts, which is evaluated on as well."""
+    """The files of texts, which are evaluated on as well."""
     if case["stage"] == "word-level":
-        blocks = ["\n".join(map(" ".join, zip(*sentence, strict=True))) for sentence in sentences_of(case)]
-        path, content = folder / "words.txt", "\n\n".join(blocks)
+        kind, files = "txt", [["\n".join(map(" ".join, zip(*pair, strict=True))) + "\n" for pair in sentences_of(case)]]
     elif case["stage"] in ("contrastive", "negatives"):
-        path, content = folder / "pairs.jsonl", "\n".join(map(json.dumps, pairs_of(case)))
+        kind, files = "jsonl", [[json.dumps(row) for row in rows] for rows in pairs_of(case)]
     else:
-        path, content = folder / "texts.txt", "\n".join(texts_of(case))
-    path.write_text(content + "\n")
-    evaluation = {"validation_file": [str(path)], "eval_strategy": "steps", "eval_steps": 1}
-    return {"train_file": [str(path)], **(evaluation if case["evaluated"] else {})}
+        kind, files = "txt", [texts_of(case)]
+    paths = [str(folder / f"{i}.{kind}") for i in range(len(files))]
+    for path, rows in zip(paths, files, strict=True):
+        Path(path).write_text("\n".join(rows) + "\n")
+    evaluation = {"validation_file": paths, "eval_strategy": "steps", "eval_steps": 1}
+    return {"train_file": paths, **(evaluation if case["evaluated"] else {})}
 
 
 def _word_options(case: Case, materials: Materials) -> dict[str, Any]:
-    options = {"classifier_dropout": 0.0, "num_train_epochs": 1, "token_budget": case["budget"]}
+    options = {"classifier_dropout": 0.0, "token_budget": case["budget"]}
     options |= {"per_device_train_batch_size": 16, "retroactive_labels": ("same_token", "next_token")[case["loss"] % 2]}
     adapters = [path for path in (*materials.below(case), materials.trained(case)) if path]
     if adapters and case["adapter"] != "new-on-an-adapters-folder":

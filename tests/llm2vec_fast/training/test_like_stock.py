@@ -108,12 +108,18 @@ def check(case: Case, options: Mapping[str, Any], records: Sequence[Record], mat
     stock = STOCK[case["stage"]](case, options, record, materials)
     optimiser = StockOptimiser(stock.parameters, _recipe(options), len(record.losses))
     windows = [[batch for rank in records for batch in rank.batches[i]] for i in range(len(record.losses))]
-    start = {name: x.detach().clone() for name, x in stock.parameters.items()}
+    start, updates = {name: x.detach().clone() for name, x in stock.parameters.items()}, []
     for i, window in enumerate(windows):
         expected = optimiser.update(stock.loss(window))
+        updates.append(expected)
         found = Update(record.losses[i], record.norms[i], record.gradients[i], record.weights[i])
         assert_same_update(found, expected, start, f"update {i + 1}")
-    assert any(bool(x.any()) for x in expected.gradients.values())  # a case that compares nothing would show nothing
+    assert any(x.norm for x in updates)  # a case of no gradient shows nothing
+    if options["load_best_model_at_end"]:
+        assert len(record.evaluated) == len(updates)
+        best = updates[record.evaluated.index(min(record.evaluated))]
+        for name, x in stock.parameters.items():
+            x.data.copy_(best.weights[name])
     stock.check_output(Path(options["output_dir"]))
 
 
@@ -152,7 +158,7 @@ class StockStage:
         self.case, self.options, self.materials = case, options, materials
         self.tokenizer = materials.tokenizer
         base = load_stock(materials.decoder(case["family"]), materials.below(case), head=self.head)
-        self.model = self._with_adapter(base, record).train()
+        self.model = self._with_adapter(base).train()
         self.parameters = {name: x for name, x in self.model.named_parameters() if x.requires_grad}
         names = {name for name in record.before if not name.endswith("log_scale")}
         assert names == self.parameters.keys()
@@ -162,15 +168,20 @@ class StockStage:
                 x.data.copy_(record.before[name])
             assert float((x - record.before[name]).detach().norm()) <= TOLERANCE * float(x.detach().norm()), name
 
-    def _with_adapter(self, base: nn.Module, record: Record) -> nn.Module:
+    def _with_adapter(self, base: nn.Module) -> nn.Module:
         kind = ADAPTERS[self.case["adapter"]][1]
         if kind == "all":
             return base
         if kind != "new":
             return continued(base, self.materials.trained(self.case))
-        targets = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in record.before if ".lora_" in name}
-        rank = self.options["lora_r"]
-        return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(targets)))
+        targets = self.options.get("lora_target_modules", ["all-linear"])
+        alpha = self.options.get("lora_alpha", 2 * self.options["lora_r"])
+        config = LoraConfig(
+            r=self.options["lora_r"],
+            lora_alpha=alpha,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+        )
+        return get_peft_model(base, config)
 
     def ids_of(self, text: str, instruction: str = "", limit: int = LENGTH) -> tuple[Tensor, int]:
         """Tokens of a text behind its instruction, and how many of them are not the text's."""
@@ -208,6 +219,8 @@ class Mntp(StockStage):
         self._seen: set[int] = set()
 
     def loss(self, window: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        if len(self._seen) == len(self._rows):  # another epoch
+            self._seen.clear()
         texts = [text for batch in window for text in self._texts(batch)]
         smoothing = MNTP_LOSSES[self.case["loss"]].get("label_smoothing_factor", 0.0)
         return hidden_token_loss(self.model, texts, smoothing)
@@ -274,13 +287,14 @@ class Simcse(StockStage):
         queries, documents, rest = tokens[:count], tokens[count : 2 * count], tokens[2 * count :]
         things, negatives, others = [], [], []
         for row, query, document in zip(rows, queries, documents, strict=True):
-            texts = self._texts_of(row)
-            assert _same(query, self.ids_of(texts["query"], texts["instruction"]))
-            assert any(_same(document, self.ids_of(text)) for text in texts["positive"])
-            things.append({_plain(text) for text in (texts["query"], *texts["positive"])})
+            texts, (before_query, before_document) = self._texts_of(row)
+            assert _same(query, self.ids_of(texts["query"], before_query))
+            assert any(_same(document, self.ids_of(text, before_document)) for text in texts["positive"])
+            named = [f"name {texts['name']}"] if "name" in texts else []
+            things.append({_plain(text) for text in (texts["query"], *texts["positive"], *named)})
             for _ in range(min(self.options.get("negatives", 0), len(texts["negative"]))):
                 found = rest.pop(0)
-                text = next(text for text in texts["negative"] if _same(found, self.ids_of(text)))
+                text = next(text for text in texts["negative"] if _same(found, self.ids_of(text, before_document)))
                 negatives.append(found)
                 others.append({_plain(text)})
         assert not rest
@@ -290,14 +304,17 @@ class Simcse(StockStage):
         parts = batch["input_ids"][0].split(batch["lengths"].tolist())
         return list(zip(parts, batch["skip"].tolist(), strict=True))
 
-    def _texts_of(self, row: int) -> dict[str, Any]:
+    def _texts_of(self, row: int) -> tuple[dict[str, Any], tuple[str, str]]:
+        """A row, and what goes before its query and before its documents."""
         text = texts_of(self.case)[row]
-        return {"query": text, "positive": [text], "negative": [], "instruction": ""}
+        return {"query": text, "positive": [text], "negative": []}, ("", "")
 
 
 class Contrastive(Simcse):
-    def _texts_of(self, row: int) -> dict[str, Any]:
-        return {**pairs_of(self.case)[row], "instruction": self.options["query_instruction"][0]}
+    def _texts_of(self, row: int) -> tuple[dict[str, Any], tuple[str, str]]:
+        file, place = divmod(row, 10)
+        before = (self.options.get(f"{kind}_instruction", [""] * 2)[file] for kind in ("query", "document"))
+        return pairs_of(self.case)[file][place], tuple(before)
 
 
 def _same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
@@ -352,6 +369,8 @@ class WordLevel:
         rows = torch.cat([batch["rows"] for batch in window])
         assert bool(self.kept[rows].all())
         assert_close({"": torch.cat([batch["features"] for batch in window])}, {"": self._features[rows]}, "features")
+        if len(self._seen) == int(self.kept.sum()):  # another epoch
+            self._seen.clear()
         new = [row for row in dict.fromkeys(rows.tolist()) if row not in self._seen]
         self._seen.update(new)
         rows = torch.tensor(new)
