@@ -31,17 +31,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"model_type": "gpt_neox", **NO_DROPOUT},  # fused, parallel residuals, another name of its decoder
 }
 MORE_FAMILIES: dict[str, dict[str, Any]] = {  # for wide draws
-    **{
-        name: CONFIGURATIONS[name]
-        for name in ("mistral-window", "qwen2-window", "gemma3", "llama3-rope", "phi3-partial")
-    },
+    **{name: CONFIGURATIONS[name] for name in ("mistral-window", "qwen2-window", "llama3-rope", "phi3-partial")},
+    "gemma3": {**CONFIGURATIONS["gemma3"], "layer_types": ["sliding_attention", "full_attention"]},
     "cohere2": {"model_type": "cohere2", "logit_scale": 0.25, "sliding_window": WINDOW},
-    "granite": {
-        "model_type": "granite",
-        "logits_scaling": 4.0,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.5,
-    },
+    "granite": {"model_type": "granite", "logits_scaling": 4.0, "embedding_multiplier": 3.0},
     "olmo2": {"model_type": "olmo2"},
     "starcoder2": {"model_type": "starcoder2", "sliding_window": None, **NO_DROPOUT},
     "glm": {"model_type": "glm", **NO_DROPOUT},
