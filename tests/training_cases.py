@@ -77,7 +77,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "targets": ("", "one", "all-linear"),
     "rank": (None, 64),  # of what is written, which is enough for all of it
     "interrupted": (False, True),  # after the first update, and gone on with
-    "evaluated": ("", "evaluated", "best"),  # after every update; the best is what comes out
+    "evaluated": ("", "evaluated", "best"),  # after every update; what comes out is of the highest loss
     "pairs": ("", "named", "two-files"),
     "long": (False, True),  # into another epoch
 }
@@ -246,6 +246,7 @@ def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dic
     if case["adapter"] == "new-on-an-adapters-folder":
         options["model_name_or_path"] = str(materials.below(case)[0])
     options |= {**_data_options(case, folder), "load_best_model_at_end": case["evaluated"] == "best"}
+    options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # that of the first update, mostly
     options |= {"max_steps": 5} if case["long"] else {"num_train_epochs": 1, "max_steps": -1}
     if stage == "word-level":
         return "word-level", {**options, **_word_options(case, materials)}
