@@ -93,11 +93,13 @@ def hidden_token_loss(model: nn.Module, texts: Sequence[tuple[Tensor, Tensor]], 
 def info_nce(
     queries: Tensor,
     documents: Tensor,
-    same: Tensor,
+    answers: Tensor,
+    related: Tensor,
     scale: Tensor | float,
     *,
     symmetric: bool = False,
     query_negatives: bool = False,
+    document_negatives: bool = False,
     margin: float = float("inf"),
 ) -> Tensor:
     """The mean over queries of −log of the share of the own document in the sum of exp(scale · cosine).
@@ -105,24 +107,27 @@ def info_nce(
     Args:
         queries: (N, d).
         documents: (M, d); document i < N is query i's own, the others are hard negatives.
-        same: (N, M) bool: document j answers query i, too, and is no negative of it.
+        answers: (N, M) bool: document j is known to answer query i, and is no negative of it.
+        related: (N, N) bool: a text is known to answer both queries; neither they nor their own documents are negatives
+            of each other.
         scale: the inverse of the temperature.
         symmetric: the mean with the loss that finds document i's query among the queries.
         query_negatives: the other queries are negatives of a query, too.
-        margin: what is closer to a query than its own document by more than this is no negative.
+        document_negatives: in the same sum are, too, the own document with all queries and with their own documents.
+        margin: a pair whose cosine exceeds that of query and own document by more than this is no negative.
     """
-    queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
+    q, d = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
     losses = []
-    for i, query in enumerate(queries):
-        own = query @ documents[i]
-        limit = float(own) + margin
-        found = [query @ x for j, x in enumerate(documents) if j != i and not same[i, j]]
+    for i in range(len(q)):
+        own, others = q[i] @ d[i], [j for j in range(len(q)) if j != i]
+        rows = [q[i] @ d[j] for j in range(len(d)) if j != i and not answers[i, j]]
+        columns = [q[j] @ d[i] for j in others if not answers[j, i]]
         if query_negatives:
-            found += [query @ x for j, x in enumerate(queries) if j != i and not same[i, j]]
-        losses.append(_lost(own, [x for x in found if float(x) <= limit], scale))
-        if symmetric:
-            found = [x @ documents[i] for j, x in enumerate(queries) if j != i and not same[i, j]]
-            losses.append(_lost(own, [x for x in found if float(x) <= limit], scale))
+            rows += [q[i] @ q[j] for j in others if not related[i, j]]
+        if document_negatives:
+            rows += [own, *columns] + [d[i] @ d[j] for j in others if not related[i, j]]
+        for found in (rows, columns) if symmetric else (rows,):
+            losses.append(_lost(own, [x for x in found if x.item() <= own.item() + margin], scale))
     return torch.stack(losses).mean()
 
 

@@ -72,7 +72,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "clipped": (0.0, 0.05),
     "schedule": (("constant", 0), ("linear", 1), ("cosine", 0)),
     "decay": (0.0, 0.5),
-    "loss": (0, 1, 2, 3, 4, 5),  # of LOSSES, by the stage
+    "loss": (0, 1, 2, 3, 4, 5, 6),  # of MNTP_LOSSES or EMBEDDING_LOSSES
     "pooling": ("mean", "weighted_mean", "last_token", "bos_token"),
     "targets": ("", "one", "all-linear"),
     "rank": (None, 64),  # of what is written, which is enough for all of it
@@ -88,6 +88,7 @@ EMBEDDING_LOSSES = (
     {"matryoshka_dims": [8, 32], "matryoshka_weights": [1.0, 3.0]},
     {"query_negatives": True, "false_negative_margin": 0.1},
     {"symmetric": True, "query_negatives": True, "learn_scale": True, "false_negative_margin": 0.0},
+    {"document_negatives": True, "query_negatives": True, "false_negative_margin": 0.1},
 )
 MNTP_LOSSES = (
     {},
@@ -96,6 +97,7 @@ MNTP_LOSSES = (
     {"data_collator_type": "all_mask", "label_smoothing_factor": 0.3},
     {"mlm_probability": 0.15},
     {"mlm_probability": 0.6},
+    {"mlm_probability": 0.6, "label_smoothing_factor": 0.1},
 )
 LEARNING_RATES = {"adamw_torch": 0.01, "sgd": 0.05, "adafactor": 0.01}
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "old", "stone", "walls", "river")

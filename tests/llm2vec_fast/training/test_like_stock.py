@@ -256,6 +256,7 @@ class Simcse(StockStage):
         assert bool(learned) == bool(options.get("learn_scale"))
         self._log_scale = nn.Parameter(torch.tensor([float(options["scale"])]).log())
         self.parameters |= dict.fromkeys(learned, self._log_scale)
+        self._count = 10 * len(options["train_file"])
 
     def loss(self, window: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Of all texts of an update at once."""
@@ -264,42 +265,50 @@ class Simcse(StockStage):
             torch.cat([self.vectors(self.model, batch[i]) for batch in batches if batch[i]] or [torch.zeros(0, 32)])
             for i in range(3)
         )
-        names = [name for batch in batches for name in batch[3]]
-        names += [name for batch in batches for name in batch[4]]
-        same = torch.tensor([[bool(one & other) for other in names] for one in names[: len(queries)]])
+        texts = [text for i in (3, 4) for batch in batches for text in batch[i]]
+        rows = [row for batch in window for row in batch["rows"].tolist()]
+        known = [self._answers(row) for row in rows]
+        answers = torch.tensor([[text in some for text in texts] for some in known])
+        related = torch.tensor([[bool(one & other) for other in known] for one in known])
         options = self.options
         widths = options.get("matryoshka_dims", [queries.shape[1]])
         weights = options.get("matryoshka_weights", [1.0] * len(widths))
         scale = self._log_scale.exp() if options.get("learn_scale") else options["scale"]
         losses = [
             weight * info_nce(
-                queries[:, :width], torch.cat([documents, negatives])[:, :width], same, scale,
+                queries[:, :width], torch.cat([documents, negatives])[:, :width], answers, related, scale,
                 symmetric=options.get("symmetric", False), query_negatives=options.get("query_negatives", False),
+                document_negatives=options.get("document_negatives", False),
                 margin=options.get("false_negative_margin", float("inf")),
             )
             for width, weight in zip(widths, weights, strict=True)
         ]  # fmt: skip
         return torch.stack(losses).sum() / sum(weights)
 
-    def _rows_of(self, batch: Mapping[str, Tensor]) -> tuple[list, list, list, list[set[str]], list[set[str]]]:
-        """Tokens of queries, documents and negatives; which things each document and each negative is."""
-        rows, tokens = batch["rows"].tolist(), self._tokens(batch)
-        count = len(rows)
+    def _answers(self, row: int) -> set[str]:
+        """The texts that are known to answer the row's query: those of the rows of this query or of this name."""
+        own, _ = self._texts_of(row)
+        others = [self._texts_of(i)[0] for i in range(self._count)]
+        alike = [x for x in others if _plain(x["query"]) == _plain(own["query"]) or x["name"] == own["name"]]
+        return {_plain(text) for x in alike for text in (x["query"], *x["positive"])}
+
+    def _rows_of(self, batch: Mapping[str, Tensor]) -> tuple[list, list, list, list[str], list[str]]:
+        """Tokens of queries, documents and negatives; the texts of the documents and of the negatives."""
+        tokens, count = self._tokens(batch), len(batch["rows"])
         queries, documents, rest = tokens[:count], tokens[count : 2 * count], tokens[2 * count :]
-        things, negatives, others = [], [], []
-        for row, query, document in zip(rows, queries, documents, strict=True):
-            texts, (before_query, before_document) = self._texts_of(row)
-            assert _same(query, self.ids_of(texts["query"], before_query))
-            assert any(_same(document, self.ids_of(text, before_document)) for text in texts["positive"])
-            named = [f"name {texts['name']}"] if "name" in texts else []
-            things.append({_plain(text) for text in (texts["query"], *texts["positive"], *named)})
-            for _ in range(min(self.options.get("negatives", 0), len(texts["negative"]))):
-                found = rest.pop(0)
-                text = next(text for text in texts["negative"] if _same(found, self.ids_of(text, before_document)))
-                negatives.append(found)
-                others.append({_plain(text)})
+        texts, negatives, others = [], [], []
+        for row, query, document in zip(batch["rows"].tolist(), queries, documents, strict=True):
+            found, (before_query, before_document) = self._texts_of(row)
+            assert _same(query, self.ids_of(found["query"], before_query))
+            texts.append(self._text_of(document, found["positive"], before_document))
+            for _ in range(min(self.options.get("negatives", 0), len(found["negative"]))):
+                negatives.append(rest.pop(0))
+                others.append(self._text_of(negatives[-1], found["negative"], before_document))
         assert not rest
-        return queries, documents, negatives, things, others
+        return queries, documents, negatives, texts, others
+
+    def _text_of(self, tokens: tuple[Tensor, int], texts: Sequence[str], before: str) -> str:
+        return next(_plain(text) for text in texts if _same(tokens, self.ids_of(text, before)))
 
     def _tokens(self, batch: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
         parts = batch["input_ids"][0].split(batch["lengths"].tolist())
@@ -308,14 +317,14 @@ class Simcse(StockStage):
     def _texts_of(self, row: int) -> tuple[dict[str, Any], tuple[str, str]]:
         """A row, and what goes before its query and before its documents."""
         text = texts_of(self.case)[row]
-        return {"query": text, "positive": [text], "negative": []}, ("", "")
+        return {"query": text, "positive": [text], "negative": [], "name": row}, ("", "")
 
 
 class Contrastive(Simcse):
     def _texts_of(self, row: int) -> tuple[dict[str, Any], tuple[str, str]]:
         file, place = divmod(row, 10)
         before = (self.options.get(f"{kind}_instruction", [""] * 2)[file] for kind in ("query", "document"))
-        return pairs_of(self.case)[file][place], tuple(before)
+        return {"name": row, **pairs_of(self.case)[file][place]}, tuple(before)
 
 
 def _same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:

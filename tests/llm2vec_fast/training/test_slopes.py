@@ -149,7 +149,7 @@ def test_grad_cache_in_a_loop_of_ones_own(case: Mapping[str, Any], materials: Ma
     loss = step()
     stock = _adapted(case, materials)
     rows = torch.stack([pooled(outputs_of(stock, ids), "mean") for ids in texts])
-    expected = info_nce(rows[:3], rows[3:], torch.eye(3, 5).bool(), 5.0)
+    expected = info_nce(rows[:3], rows[3:], torch.eye(3, 5).bool(), torch.eye(3).bool(), 5.0)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     for found, x in zip(parameters, (x for x in stock.parameters() if x.requires_grad), strict=True):
