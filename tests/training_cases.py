@@ -215,7 +215,7 @@ def pairs_of(case: Case) -> list[list[dict[str, Any]]]:
 def _rows_of_pairs(case: Case) -> list[dict[str, Any]]:
     rng, texts = random.Random(case["seed"]), texts_of(case)
     rows = [
-        {"query": text, "positive": [f"{text} {rng.choice(WORDS)}" for _ in range(rng.randint(1, 2))],
+        {"query": text, "positive": [f"{rng.choice(WORDS)} {k} {text}" for k in range(rng.randint(1, 2))],
          "negative": [f"{rng.choice(WORDS)} {i} {k}" for k in range(rng.randint(1, 3))]}
         for i, text in enumerate(texts[:9])
     ]  # fmt: skip
