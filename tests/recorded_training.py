@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from llm2vec_fast import training
+from llm2vec_fast.training import ContrastiveTrainer, MntpTrainer
 from llm2vec_fast.training.run import StageTrainer
+from llm2vec_fast.training.word_level.stage import WordLevelTrainer
 
 STAGES = {
     "mntp": ("MntpArguments", "train_mntp"),
@@ -29,14 +31,20 @@ STAGES = {
     "contrastive": ("ContrastiveArguments", "train_contrastive"),
     "word-level": ("WordLevelArguments", "train_word_level"),
 }
+TRAINERS = {
+    "mntp": MntpTrainer,
+    "simcse": ContrastiveTrainer,
+    "contrastive": ContrastiveTrainer,
+    "word-level": WordLevelTrainer,
+}
 
 
 @dataclass
 class Record:
     """What one process did: the trained weights before the first update, and of each update its batches.
 
-    ``gradients`` are those that the optimiser was given; ``losses``, ``norms`` and
-    ``evaluated``, the losses on the validation files, are what the log told.
+    ``gradients`` are those that the optimiser was given; ``losses``, ``norms`` and ``evaluated``, the losses on the
+    validation files after each update, are what the log told. ``validation`` are the batches of each evaluation.
     """
 
     before: dict[str, Tensor] = field(default_factory=dict)
@@ -46,6 +54,7 @@ class Record:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     evaluated: list[float] = field(default_factory=list)
+    validation: list[list[dict[str, Tensor]]] = field(default_factory=list)
 
 
 class _Interrupted(BaseException):
@@ -55,6 +64,7 @@ class _Interrupted(BaseException):
 class _Recorder(TrainerCallback):
     def __init__(self, interrupted: bool) -> None:
         self.record, self._interrupted = Record(), interrupted
+        self.seen: list[dict[str, Tensor]] = []  # batches of the evaluation under way
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         self.record.before = self.record.before or _trained(model)
@@ -83,6 +93,8 @@ class _Recorder(TrainerCallback):
             self.record.norms.append(float(logs["grad_norm"]))
         if "eval_loss" in logs and len(self.record.evaluated) < len(self.record.losses):  # once more at the end
             self.record.evaluated.append(float(logs["eval_loss"]))
+            self.record.validation.append(self.seen)
+        self.seen = []
 
 
 def recorded(stage: str, options: Mapping[str, Any], interrupted: bool = False) -> Record:
@@ -90,14 +102,21 @@ def recorded(stage: str, options: Mapping[str, Any], interrupted: bool = False) 
     recorder, step = _Recorder(interrupted), StageTrainer.training_step
 
     def watched(self: StageTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        recorder.record.batches[-1].append({n: x.clone() if torch.is_tensor(x) else x for n, x in inputs.items()})
+        recorder.record.batches[-1].append(_copy(inputs))
         return step(self, model, inputs, *args, **kwargs)
 
-    with suppress(_Interrupted):
-        run_with(watched, stage, options, recorder)
-        interrupted = False
-    if interrupted:
-        run_with(watched, stage, options, recorder)
+    def evaluated(self: StageTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        recorder.seen.append(_copy(inputs))
+        return evaluate(self, model, inputs, *args, **kwargs)
+
+    kind = TRAINERS[stage]
+    evaluate = kind.prediction_step
+    with patch.object(kind, "prediction_step", evaluated):
+        with suppress(_Interrupted):
+            run_with(watched, stage, options, recorder)
+            interrupted = False
+        if interrupted:
+            run_with(watched, stage, options, recorder)
     return recorder.record
 
 
@@ -106,6 +125,10 @@ def run_with(training_step: Callable[..., Tensor], stage: str, options: Mapping[
     arguments, train = (getattr(training, name) for name in STAGES[stage])
     with patch.object(StageTrainer, "training_step", training_step):
         train(arguments(**options), callbacks=callbacks)
+
+
+def _copy(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in batch.items() if torch.is_tensor(x)}
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

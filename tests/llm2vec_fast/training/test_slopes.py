@@ -28,9 +28,7 @@ from llm2vec_fast.training import GradCache
 from llm2vec_fast.training.run import StageTrainer
 
 MOVED = 0.02  # of the loss: how much it changes between here and either side, were it straight
-BENT = (
-    0.02  # of the slope: what the loss bends over that, and rounding, are less; another mask is off by a tenth and more
-)
+BENT = 0.02  # of the slope, more than the loss bends over that; another mask is off by a tenth and more
 LORA = ["q_proj", "v_proj", "up_proj", "query_key_value", "dense_h_to_4h", "c_attn", "qkv_proj", "down_proj"]
 
 Parameters = Sequence[nn.Parameter]
