@@ -63,7 +63,7 @@ ADAPTERS: dict[str, tuple[tuple[str, ...], str]] = {
 STAGES = ("mntp", "mntp-joined", "simcse", "contrastive", "negatives", "word-level")
 AXES: dict[str, tuple[Any, ...]] = {
     "stage": STAGES,
-    "family": tuple(FAMILIES),
+    "family": (*FAMILIES, *MORE_FAMILIES),
     "adapter": tuple(ADAPTERS),
     "checkpointing": ("", "reentrant", "non-reentrant"),
     "budget": (None, 20),
@@ -72,7 +72,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "clipped": (0.0, 0.05),
     "schedule": (("constant", 0), ("linear", 1), ("cosine", 0)),
     "decay": (0.0, 0.5),
-    "loss": (0, 1, 2, 3, 4, 5, 6),  # of MNTP_LOSSES or EMBEDDING_LOSSES
+    "loss": (0, 1, 2, 3, 4),  # of MNTP_LOSSES or EMBEDDING_LOSSES
     "pooling": ("mean", "weighted_mean", "last_token", "bos_token"),
     "targets": ("", "one", "all-linear"),
     "rank": (None, 64),  # of what is written, which is enough for all of it
@@ -81,23 +81,37 @@ AXES: dict[str, tuple[Any, ...]] = {
     "pairs": ("", "named", "two-files"),
     "long": (False, True),  # into another epoch
 }
+# What a plan leaves out of them, where it makes no difference or little.
+_ALIKE = {name: values[:1] for name, values in AXES.items()}
+_SOME_ADAPTERS = tuple(name for name in ADAPTERS if name != "new-on-merged")
+PLANS: tuple[dict[str, tuple[Any, ...]], ...] = (
+    {
+        **AXES, "stage": ("mntp", "mntp-joined"), "family": ("llama", "gemma2", "phi3", "gpt2", "gpt_neox"),
+        "adapter": _SOME_ADAPTERS, **{name: _ALIKE[name] for name in ("budget", "pooling", "pairs")},
+    },
+    {
+        **AXES, "stage": ("negatives", "contrastive", "simcse"), "adapter": _SOME_ADAPTERS,
+        "family": ("llama", "gemma2", "qwen3", "phi3", "gpt_neox"),
+    },
+    {
+        **AXES, "stage": ("word-level",), "family": ("llama", "gemma2", "gpt2"), "loss": (0, 1),
+        "adapter": ("new", "continued", "new-on-an-adapters-folder"),
+        **{name: _ALIKE[name] for name in ("checkpointing", "pooling", "pairs", "targets", "rank")},
+    },
+)  # fmt: skip
 EMBEDDING_LOSSES = (
     {},
-    {"symmetric": True},
-    {"learn_scale": True},
-    {"matryoshka_dims": [8, 32], "matryoshka_weights": [1.0, 3.0]},
-    {"query_negatives": True, "false_negative_margin": 0.1},
+    {"symmetric": True, "learn_scale": True},
+    {"matryoshka_dims": [8, 32], "matryoshka_weights": [1.0, 3.0], "query_negatives": True},
     {"symmetric": True, "query_negatives": True, "learn_scale": True, "false_negative_margin": 0.0},
     {"document_negatives": True, "query_negatives": True, "false_negative_margin": 0.1},
 )
 MNTP_LOSSES = (
     {},
-    {"label_smoothing_factor": 0.1},
-    {"data_collator_type": "all_mask"},
-    {"data_collator_type": "all_mask", "label_smoothing_factor": 0.3},
-    {"mlm_probability": 0.15},
     {"mlm_probability": 0.6},
     {"mlm_probability": 0.6, "label_smoothing_factor": 0.1},
+    {"data_collator_type": "all_mask", "label_smoothing_factor": 0.3},
+    {"data_collator_type": "all_mask", "mlm_probability": 0.4},
 )
 LEARNING_RATES = {"adamw_torch": 0.01, "sgd": 0.05, "adafactor": 0.01}
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "old", "stone", "walls", "river")
@@ -105,26 +119,26 @@ LENGTH = 16  # tokens: some texts are cut
 
 
 def planned() -> list[Case]:
-    """Cases among which any two values of different settings meet."""
-    return [settled({**case, "seed": i}) for i, case in enumerate(pairwise(**AXES))]
+    """Cases among which any two values of different settings meet, in the stages where they mean something."""
+    cases = [case for axes in PLANS for case in pairwise(**axes)]
+    return [settled({**case, "seed": i}) for i, case in enumerate(cases)]
 
 
 def drawn(seed: int, **fixed: Any) -> Case:
     """A case at random, but for what is fixed: any number of settings meet."""
     rng = random.Random(seed)
-    axes = {**AXES, "family": (*FAMILIES, *MORE_FAMILIES)}
-    return settled({**{name: rng.choice(values) for name, values in axes.items()}, "seed": seed, **fixed})
+    return settled({**{name: rng.choice(values) for name, values in AXES.items()}, "seed": seed, **fixed})
 
 
 def settled(case: Case) -> Case:
     """The case without what it cannot have."""
     changes: dict[str, Any] = {}
-    if case["stage"] == "word-level":  # a linear head, and no adapter that is trained
-        changes["checkpointing"] = ""
+    if case["stage"] == "word-level":  # a linear head, and nothing of the encoder is trained
+        changes |= {"checkpointing": "", "targets": "", "rank": None}
+    elif case["family"] == "gpt2" and not case["targets"]:  # no torch Linear: the layers have to be named
+        changes["targets"] = "one"
     if case["stage"] not in ("contrastive", "negatives"):
         changes["pairs"] = ""
-    if case["family"] == "gpt2" and not case["targets"]:  # no torch Linear: the layers have to be named
-        changes["targets"] = "one"
     if case["optim"] == "adafactor" and "all-weights" in case["adapter"] and case["family"] in BIASED:
         # The bias of keys has no gradient but noise, which this optimiser makes as large as any.
         changes["optim"] = "adamw_torch"
