@@ -125,7 +125,7 @@ def planned() -> list[Case]:
 
 
 def drawn(seed: int, **fixed: Any) -> Case:
-    """A case at random, but for what is fixed: any number of settings meet."""
+    """A case at random, but for what is fixed, perhaps ``processes`` (2): any number of settings meet."""
     rng = random.Random(seed)
     return settled({**{name: rng.choice(values) for name, values in AXES.items()}, "seed": seed, **fixed})
 
@@ -139,6 +139,11 @@ def settled(case: Case) -> Case:
         changes["targets"] = "one"
     if case["stage"] not in ("contrastive", "negatives"):
         changes["pairs"] = ""
+    if case.get("processes") == 2:
+        changes["interrupted"] = False
+        cut = case["budget"] or case["accumulation"] > 1  # into pieces, after each of which gradients were exchanged
+        if case["checkpointing"] == "reentrant" and cut and not case["stage"].startswith("mntp"):
+            changes["checkpointing"] = "non-reentrant"
     if case["optim"] == "adafactor" and "all-weights" in case["adapter"] and case["family"] in BIASED:
         # The bias of keys has no gradient but noise, which this optimiser makes as large as any.
         changes["optim"] = "adamw_torch"
@@ -253,7 +258,8 @@ def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dic
     options: dict[str, Any] = {
         "model_name_or_path": str(materials.decoder(case["family"])), "output_dir": str(folder / "out"),
         "max_seq_length": LENGTH, "model_dtype": "float32", "seed": case["seed"], "logging_steps": 1,
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": case["accumulation"],
+        "gradient_accumulation_steps": case["accumulation"],
+        "per_device_train_batch_size": (16 if stage == "word-level" else 4) // case.get("processes", 1),
         "optim": case["optim"], "learning_rate": LEARNING_RATES[case["optim"]], "weight_decay": case["decay"],
         "max_grad_norm": case["clipped"], "lr_scheduler_type": name, "warmup_steps": warmup, "adam_epsilon": 1e-2,
         "save_strategy": "steps" if case["interrupted"] or case["evaluated"] == "best" else "no", "save_steps": 1,
@@ -318,7 +324,7 @@ def _data_options(case: Case, folder: Path) -> dict[str, Any]:
 
 def _word_options(case: Case, materials: Materials) -> dict[str, Any]:
     options = {"classifier_dropout": 0.0, "token_budget": case["budget"]}
-    options |= {"per_device_train_batch_size": 16, "retroactive_labels": ("same_token", "next_token")[case["loss"] % 2]}
+    options |= {"retroactive_labels": ("same_token", "next_token")[case["loss"] % 2]}
     adapters = [path for path in (*materials.below(case), materials.trained(case)) if path]
     if adapters and case["adapter"] != "new-on-an-adapters-folder":
         options["peft_model_name_or_path"] = str(adapters[0])

@@ -47,8 +47,7 @@ _COUNT, _FIRST = (int(os.environ.get(f"LIKE_STOCK_{name}", "0")) for name in ("C
 _SEEDS = range(_FIRST, _FIRST + _COUNT)
 CASES = [drawn(seed) for seed in _SEEDS] if _COUNT else planned()
 TWO_PROCESSES = [
-    drawn(seed, stage=STAGES[seed % 6], family=tuple(FAMILIES)[seed % 6], interrupted=False)
-    for seed in _SEEDS or range(6)
+    drawn(seed, stage=STAGES[seed % 6], family=tuple(FAMILIES)[seed % 6], processes=2) for seed in _SEEDS or range(6)
 ]
 # Where float32 rounds to in two ways of computing one thing; a wrong factor, mask or seed is off by 1e-2 and more.
 TOLERANCE = 1e-4
@@ -73,7 +72,6 @@ def test_a_run_of_two_processes_is_the_stock_run(
 ) -> None:
     """Each has half of a batch; the last rows may be too few for both."""
     stage, options = options_of(case, materials, tmp_path)
-    options["per_device_train_batch_size"] //= 2
     options["use_cpu"] = torch.accelerator.is_available()  # on a machine without one nobody has to say so
     (tmp_path / "options.json").write_text(json.dumps(options))
     program = [recorded_training.__file__, stage, str(tmp_path / "options.json"), str(tmp_path / "record")]
