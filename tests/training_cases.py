@@ -47,15 +47,17 @@ ONE_LAYER = {"phi3": "qkv_proj", "phi3-partial": "qkv_proj", "gpt2": "c_attn", "
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"r": 3, "lora_alpha": 5},
     "rslora": {"r": 4, "lora_alpha": 4, "use_rslora": True},
-    "pattern": {"r": 2, "lora_alpha": 4, "rank_pattern": {0: 3}, "alpha_pattern": {1: 7}},  # of the first two layers
-}
+    "pattern": {  # of the first two of a block's layers
+        "r": 2, "lora_alpha": 4, "rank_pattern": {0: 3}, "alpha_pattern": {1: 7}, "use_rslora": True,
+    },
+}  # fmt: skip
 # Merged below, and what is trained: a new adapter, one of KINDS, or all weights.
 ADAPTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "new": ((), "new"),
     "all-weights": ((), "all"),
     "new-on-merged": (("plain",), "new"),
     "new-on-two-merged": (("rslora", "pattern"), "new"),
-    "continued": ((), "rslora"),
+    "continued": ((), "pattern"),
     "continued-on-merged": (("rslora",), "pattern"),
     "all-weights-on-merged": (("pattern",), "all"),
     "new-on-an-adapters-folder": (("plain",), "new"),
