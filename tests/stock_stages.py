@@ -7,6 +7,7 @@ those of these rows is checked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -117,7 +118,7 @@ class Mntp(StockStage):
             found.append((ids, labels))
         return found
 
-    @property
+    @cached_property
     def _rows(self) -> list[Tensor]:
         texts = texts_of(self.case)
         if self.case["stage"] == "mntp":
@@ -196,17 +197,25 @@ class Simcse(StockStage):
         parts = batch["input_ids"][0].split(batch["lengths"].tolist())
         return list(zip(parts, batch["skip"].tolist(), strict=True))
 
+    @cached_property
+    def _texts(self) -> list[str]:
+        return texts_of(self.case)
+
     def _texts_of(self, row: int) -> tuple[dict[str, Any], tuple[str, str]]:
         """A row, and what goes before its query and before its documents."""
-        text = texts_of(self.case)[row]
+        text = self._texts[row]
         return {"query": text, "positive": [text], "negative": [], "name": row}, ("", "")
 
 
 class Contrastive(Simcse):
+    @cached_property
+    def _pairs(self) -> list[list[dict[str, Any]]]:
+        return pairs_of(self.case)
+
     def _texts_of(self, row: int) -> tuple[dict[str, Any], tuple[str, str]]:
         file, place = divmod(row, 10)
         before = (self.options.get(f"{kind}_instruction", [""] * 2)[file] for kind in ("query", "document"))
-        return {"name": row, **pairs_of(self.case)[file][place]}, tuple(before)
+        return {"name": row, **self._pairs[file][place]}, tuple(before)
 
 
 def _same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:

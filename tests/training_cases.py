@@ -88,16 +88,16 @@ _ALIKE = {name: values[:1] for name, values in AXES.items()}
 _SOME_ADAPTERS = tuple(name for name in ADAPTERS if name != "new-on-merged")
 PLANS: tuple[dict[str, tuple[Any, ...]], ...] = (
     {
-        **AXES, "stage": ("mntp", "mntp-joined"), "family": ("llama", "gemma2", "phi3", "gpt2", "gpt_neox"),
+        **AXES, "stage": ("mntp", "mntp-joined"), "family": ("llama", "gemma2", "gpt2", "gpt_neox"),
         "adapter": _SOME_ADAPTERS, **{name: _ALIKE[name] for name in ("budget", "pooling", "pairs")},
     },
     {
-        **AXES, "stage": ("negatives", "contrastive", "simcse"), "adapter": _SOME_ADAPTERS,
+        **AXES, "stage": ("negatives", "contrastive", "simcse"), "adapter": _SOME_ADAPTERS[:-1],
         "family": ("llama", "gemma2", "qwen3", "phi3", "gpt_neox"),
     },
     {
-        **AXES, "stage": ("word-level",), "family": ("llama", "gemma2", "gpt2"), "loss": (0, 1),
-        "adapter": ("new", "continued", "new-on-an-adapters-folder"),
+        **AXES, "stage": ("word-level",), "family": ("llama", "gpt2"), "loss": (0, 1),
+        "adapter": ("continued", "new-on-an-adapters-folder"), "evaluated": ("", "best"),
         **{name: _ALIKE[name] for name in ("checkpointing", "pooling", "pairs", "targets", "rank")},
     },
 )  # fmt: skip
@@ -271,7 +271,7 @@ def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dic
         options["model_name_or_path"] = str(materials.below(case)[0])
     options |= {**_data_options(case, folder), "load_best_model_at_end": case["evaluated"] == "best"}
     options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # that of the first update, mostly
-    options |= {"max_steps": 5} if case["long"] else {"num_train_epochs": 1, "max_steps": -1}
+    options |= {"max_steps": 4} if case["long"] else {"num_train_epochs": 1, "max_steps": -1}
     if stage == "word-level":
         return "word-level", {**options, **_word_options(case, materials)}
     options |= _adapter_options(case, materials)
@@ -282,7 +282,7 @@ def options_of(case: Case, materials: Materials, folder: Path) -> tuple[str, dic
         options |= {"line_by_line": stage == "mntp", "mask_token_type": "eos"}
         return "mntp", {**options, **MNTP_LOSSES[case["loss"]]}
     options |= {"scale": 5.0, "attention_dropout": 0.0, "pooling_mode": case["pooling"]}
-    options["max_steps"] = 4 if case["long"] else 2
+    options["max_steps"] = 3 if case["long"] else 2
     options |= {"token_budget": case["budget"], **EMBEDDING_LOSSES[case["loss"]]}
     if stage == "simcse":
         return "simcse", options

@@ -55,11 +55,6 @@ TOLERANCE = 1e-4
 Weights = Mapping[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return Materials(tmp_path_factory.mktemp("materials"))
-
-
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_a_run_is_the_stock_run(case: Case, materials: Materials, tmp_path: Path) -> None:
     stage, options = options_of(case, materials, tmp_path)

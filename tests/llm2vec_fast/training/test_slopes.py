@@ -34,11 +34,6 @@ LORA = ["q_proj", "v_proj", "up_proj", "query_key_value", "dense_h_to_4h", "c_at
 Parameters = Sequence[nn.Parameter]
 
 
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return Materials(tmp_path_factory.mktemp("materials"))
-
-
 def off_zero(parameters: Parameters) -> None:
     """An adapter's second factor is zero at first, and the gradient of its first factor with it."""
     draw = torch.Generator().manual_seed(0)
