@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference_data import FOLDER
+from training_cases import Materials
 from warm_processes import Ranks, WarmProcesses
 
 TEXT = "the cat sat on a mat while rain fell over old stone walls near our quiet river"
@@ -75,6 +77,14 @@ def settings(corpus: str, tmp_path: Path) -> Callable[..., dict[str, object]]:
         }
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Materials]:
+    """Models and adapters of drawn cases."""
+    gc.freeze()  # accelerate collects garbage after every run: not what was imported, which takes longer than a step
+    yield Materials(tmp_path_factory.mktemp("materials"))
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

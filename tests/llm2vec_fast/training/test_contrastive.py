@@ -13,14 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from numerics import assert_error_within
 from reference_data import FOLDER, TEXTS, arrays, assert_matches
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy, normalize
-from training_runs import UNCLIPPED, assert_trained_alike
 
 from llm2vec_fast.errors import UserError
-from llm2vec_fast.kernels import contrastive_loss
 from llm2vec_fast.training.arguments import ContrastiveArguments
 from llm2vec_fast.training.checkpoints import last_checkpoint, whole_or_gone
 from llm2vec_fast.training.contrast import ContrastiveTrainer, load_embedding_model
@@ -145,46 +141,6 @@ def test_what_suits_a_query_is_never_its_negative(given: Settings, tmp_path: Pat
     assert float(loss.detach()) == 0.0
 
 
-def test_matryoshka_widths_count_by_their_weights(given: Settings) -> None:
-    widths, weights = [8, 16, 64], [1.0, 2.0, 5.0]
-    arguments = ContrastiveArguments(**given(matryoshka_dims=widths, matryoshka_weights=weights, scale=5.0))
-    stage, _ = load_embedding_model(arguments)
-    trainer = ContrastiveTrainer(stage, arguments, [30], train_dataset=TEXTS)
-    rows = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
-    loss = trainer._loss(Embedded(rows, None), 4, torch.arange(8))
-
-    def plain(rows: torch.Tensor) -> torch.Tensor:
-        losses = []
-        for width in widths:
-            part = normalize(rows[:, :width], dim=-1)
-            losses.append(cross_entropy(5.0 * part[:4] @ part[4:].T, torch.arange(4)))
-        return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
-
-    assert_error_within(loss, plain(rows), plain(rows.double()), name="loss")
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"symmetric": True},
-        {"query_negatives": True},
-        {"document_negatives": True},
-        {"false_negative_margin": 0.05},
-        {"learn_scale": True},
-    ],
-)
-def test_options_of_the_loss_reach_it(given: Settings, option: dict[str, object]) -> None:
-    arguments = ContrastiveArguments(**given(scale=5.0, **option))
-    stage, _ = load_embedding_model(arguments)
-    trainer = ContrastiveTrainer(stage, arguments, [30], train_dataset=TEXTS)
-    rows, ids = torch.randn(12, 64, generator=torch.Generator().manual_seed(0)), torch.arange(8)
-    scale = torch.tensor(3.0) if "learn_scale" in option else None
-    loss = trainer._loss(Embedded(rows, scale), 4, ids)
-    rule = {"scale": 3.0} if scale is not None else {"scale": 5.0, **option}
-    assert torch.equal(loss, contrastive_loss(rows[:4], rows[4:], ids=ids, **rule))
-    assert not torch.equal(loss, contrastive_loss(rows[:4], rows[4:], ids=ids, scale=5.0))
-
-
 def test_every_batch_is_of_one_data_set() -> None:
     sampler = OneSetAtATime([10, 25, 3], batch=4, seed=1)
     order = list(sampler)
@@ -243,20 +199,6 @@ def test_all_weights_can_be_trained(given: Settings, tmp_path: Path) -> None:
     before = LLM2Vec.from_pretrained(FOLDER / "llama", dtype="float32", device="cpu")
     assert (encoder.encode("a cat") - before.encode("a cat")).abs().max() > 1e-3
     assert "log_scale" not in load_file(tmp_path / "out" / "model.safetensors")
-
-
-def test_two_processes_train_as_one_on_the_joined_batch(
-    given: Settings, launch, finished, chain: str, tmp_path: Path
-) -> None:
-    """Rows share documents across processes, too."""
-    options = {**UNCLIPPED, "learning_rate": 0.02, "max_steps": 3, "save_strategy": "no", "train_file": [chain]}
-    options |= {"query_negatives": True, "document_negatives": True}
-    options |= {"scale": 5.0, "learn_scale": True, "matryoshka_dims": [16, 64]}
-    finished(launch("contrastive", given("one", **options)))
-    # The first process embeds in pieces where the other does not have to: texts differ in length.
-    two = {**options, "per_device_train_batch_size": 4, "token_budget": 100}
-    finished(launch("contrastive", given("two", **two), processes=2))
-    assert_trained_alike(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_full_disk_is_told_and_the_checkpoint_before_stays(

@@ -299,16 +299,6 @@ def test_a_step_that_hides_no_token_is_a_step_without_loss(arguments: Arguments,
     assert 0 in losses
 
 
-@pytest.mark.parametrize("masking", ["default", "all_mask"])
-def test_accumulated_steps_are_one_large_batch(arguments: Arguments, tmp_path: Path, masking: str) -> None:
-    """Parts whose hidden tokens differ in number: only a loss divided by the number of all of them agrees."""
-    options = {**UNCLIPPED, "learning_rate": 0.02, "save_strategy": "no", "max_steps": 3}
-    for name, size, parts in (("one", 8, 1), ("parts", 2, 4)):
-        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
-        train_mntp(arguments(name, data_collator_type=masking, **options, **sizes))
-    assert_trained_alike(tmp_path / "one", tmp_path / "parts")
-
-
 def test_texts_too_short_to_join_are_refused(arguments: Arguments, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a\n")
     with pytest.raises(UserError, match="no text of train_file is long enough: 24 tokens are needed"):

@@ -1,4 +1,4 @@
-"""The adapter that comes out of training one on, of every kind of LoRA whose scales differ."""
+"""A checkpoint holds what trains; what was merged under it is named, and missed."""
 
 from __future__ import annotations
 
@@ -41,33 +41,6 @@ def adapter_with(folder: Path, rank_of_queries: int | None = None, **changes: ob
 def embeddings(adapter: str) -> np.ndarray:
     encoder = LLM2Vec.from_pretrained(FOLDER / "llama", adapter, dtype="float32", device="cpu")
     return encoder.encode(TEXTS, convert_to_numpy=True)
-
-
-@pytest.mark.parametrize("saved_rank", [None, 64])
-@pytest.mark.parametrize(
-    "changes", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}, {"rank_of_queries": 2}], ids=str
-)
-def test_an_adapter_that_is_not_changed_comes_out_the_same(
-    settings: Settings, tmp_path: Path, changes: dict, saved_rank: int | None
-) -> None:
-    adapter = adapter_with(tmp_path / "adapter", **changes)
-    given = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "saved_rank": saved_rank}
-    given |= {"peft_model_name_or_path": [adapter], "continue_adapter": True}
-    train_simcse(SimcseArguments(**settings(**given)))
-    assert_matches(embeddings(str(tmp_path / "out")), embeddings(adapter))
-
-
-def test_it_comes_out_with_what_was_merged_before_it(settings: Settings, tmp_path: Path) -> None:
-    """As one on the other's merged weights does."""
-    adapter = adapter_with(tmp_path / "adapter", use_rslora=True)
-    given = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "continue_adapter": True}
-    train_simcse(SimcseArguments(**settings(**given, peft_model_name_or_path=[str(FOLDER / "llama-lora"), adapter])))
-    below = LLM2Vec.from_pretrained(
-        FOLDER / "llama", str(FOLDER / "llama-lora"), dtype="float32", device="cpu", merge_peft=True
-    )
-    below.save(tmp_path / "below", merge_before_save=True)
-    both = LLM2Vec.from_pretrained(tmp_path / "below", adapter, dtype="float32", device="cpu")
-    assert_matches(embeddings(str(tmp_path / "out")), both.encode(TEXTS, convert_to_numpy=True))
 
 
 def test_a_checkpoint_is_refused_without_the_adapters_that_were_under_it(settings: Settings, tmp_path: Path) -> None:

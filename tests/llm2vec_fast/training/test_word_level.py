@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from reference_data import FOLDER, assert_matches
+from reference_data import FOLDER
 from safetensors.torch import load_file
 
 from llm2vec_fast import LLM2Vec
@@ -160,21 +160,6 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     train_word_level(arguments("cut", **options))
     whole, cut = (load_file(tmp_path / name / "head.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
-def test_two_processes_and_accumulation_train_as_one_on_the_joined_batch(
-    columns: str, settings: Settings, launch: Callable, finished: Callable, tmp_path: Path
-) -> None:
-    options = {"train_file": columns, "max_seq_length": 64, "classifier_dropout": 0.0, "optim": "sgd", "max_steps": 3}
-    options |= {"learning_rate": 1.0, "save_strategy": "no"}
-    runs = {"one": (1, 32, 1), "two": (2, 16, 1), "accumulated": (1, 8, 4)}
-    for name, (processes, size, parts) in runs.items():
-        given = {**options, "per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
-        finished(launch("word-level", settings(name, **given), processes))
-    one, *others = (load_file(tmp_path / name / "head.safetensors") for name in runs)
-    for other in others:
-        for name in one:
-            assert_matches(other[name].numpy(), one[name].numpy())
 
 
 def test_a_full_disk_and_a_loss_that_is_not_finite_are_told(
