@@ -100,6 +100,7 @@ def test_models_around_the_one_that_was_given_follow_and_others_do_not(frozen: b
     adapted = get_peft_model(lm, LoraConfig(target_modules=["q_proj"]))
     around, towers = Wrapper(adapted), nn.ModuleList([lm.model, other.model])
     towers.config = config
+    gc.unfreeze()  # whatever ran in this process before
     if frozen:
         gc.freeze()
     nobodys = nn.Identity()
