@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from reference_data import FOLDER, assert_matches
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from llm2vec_fast import LLM2Vec
+from llm2vec_fast import LLM2Vec, make_bidirectional
 from llm2vec_fast.errors import ModelLoadError
 from llm2vec_fast.loading.files import ADAPTERS_BELOW
-from llm2vec_fast.training.arguments import SimcseArguments
+from llm2vec_fast.training.arguments import MntpArguments, SimcseArguments
+from llm2vec_fast.training.mntp import MntpTrainer
 from llm2vec_fast.training.models import load_model
 from llm2vec_fast.training.simcse import train_simcse
 
@@ -75,3 +79,15 @@ def test_a_checkpoint_is_refused_without_the_adapters_that_were_under_it(setting
     (later / ADAPTERS_BELOW).write_text('{"merged": 3}')
     with pytest.raises(ModelLoadError, match=f"{later}/{ADAPTERS_BELOW} does not name adapters"):
         embeddings(str(later))
+
+
+def test_a_trainer_saves_checkpoints_of_a_model_that_its_caller_made(settings: Settings, tmp_path: Path) -> None:
+    model = make_bidirectional(AutoModelForCausalLM.from_pretrained(FOLDER / "llama"))
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    arguments = MntpArguments(**settings(max_steps=1, save_steps=1))
+    ids = torch.arange(5, 15)[None]
+    batch = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(10)[None]}
+    MntpTrainer(model, arguments, train_dataset=[{}], data_collator=lambda _: dict(batch)).train()
+    saved = tmp_path / "out" / "checkpoint-1"
+    assert (saved / "adapter_model.safetensors").exists()
+    assert not (saved / ADAPTERS_BELOW).exists()
