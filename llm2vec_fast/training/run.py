@@ -160,8 +160,8 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        origin = origin_of(self.model)  # None of a model that the caller made
-        if (folder / ADAPTER_CONFIG).exists() and origin is not None and origin.merged:
+        origin = origin_of(self.model) if (folder / ADAPTER_CONFIG).exists() else None
+        if origin is not None and origin.merged:  # it is None of a model that the caller made, too
             write_below(folder, origin.merged)  # the adapter alone lacks what they added
 
     def _save_rng_state(self, output_dir: str) -> None:
