@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from llm2vec_fast.errors import UserError
 from llm2vec_fast.jobs.files import replacing
 from llm2vec_fast.training.arguments import StageArguments
+from llm2vec_fast.training.settings.checks import default_of, equals_default
 from llm2vec_fast.training.yaml_file import Number, read_yaml, written
 
 Arguments = TypeVar("Arguments", bound=StageArguments)
@@ -83,10 +84,10 @@ def own_options(kind: type[StageArguments], config: str | Path | None = None) ->
     changed = [
         item for item in items
         if item.name in stock
-        and (_default_of(item) != _default_of(stock[item.name]) or item.name in given or item.name in _ALWAYS_SHOWN)
+        and (default_of(item) != default_of(stock[item.name]) or item.name in given or item.name in _ALWAYS_SHOWN)
     ]  # fmt: skip
     return [
-        (item.name, _shown(given.get(item.name, _default_of(item))), item.metadata.get("help", ""))
+        (item.name, _shown(given.get(item.name, default_of(item))), item.metadata.get("help", ""))
         for item in [*own, *changed]
     ]
 
@@ -104,23 +105,13 @@ def write_arguments(arguments: StageArguments, folder: Path) -> None:
     for item in items:
         value = getattr(arguments, item.name)
         unsaid = item.name.endswith("_token") or item.name in arguments.settled or not item.init
-        if not unsaid and not _is_default(value, _default_of(item)):
+        if not unsaid and not equals_default(value, default_of(item)):
             chosen[item.name] = _written(item.name, value, folder / RESOLVED)
     if _EPOCHS in chosen:  # alone they would be read as going by them
         chosen[_STEPS] = _written(_STEPS, arguments.max_steps, folder / RESOLVED)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / RESOLVED) as file:
         file.write("".join(chosen[name] for name in sorted(chosen)).encode())
-
-
-def _default_of(item: dataclasses.Field[Any]) -> Any:
-    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    if default is None and hasattr(value, "to_dict"):  # transformers makes an object of what is left out
-        default = type(value)()
-    return bool(value == default)
 
 
 def _written(name: str, value: Any, path: Path) -> str:

@@ -103,13 +103,24 @@ def tell_of_warmup(arguments: TrainingArguments, steps: int) -> None:
         )  # fmt: skip
 
 
-def _is_default(value: Any, item: dataclasses.Field[Any]) -> bool:
-    default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-    if default is None and hasattr(value, "to_dict"):  # transformers makes an object of what is left out
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """A setting's default."""
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+
+
+def equals_default(value: Any, default: Any) -> bool:
+    """Whether a setting has its default, of which transformers may have made an object."""
+    if default is None and hasattr(value, "to_dict"):
         default = type(value)()
+    return bool(value == default)
+
+
+def _is_default(value: Any, item: dataclasses.Field[Any]) -> bool:
+    """Whether a setting asks for what its default does."""
+    default = default_of(item)
     if default == "no" and value is False:  # what HfArgumentParser makes of a "no" where true and false are taken, too
         return True
-    return bool(value == default) or (default is None and not value)
+    return equals_default(value, default) or (default is None and not value)
 
 
 def _shown(name: str, value: Any) -> Any:
